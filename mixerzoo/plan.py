@@ -1,0 +1,104 @@
+"""Candidates and plans: what stands at each site. Plain data, JSON in and out, never an import."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from mixerzoo.errors import MixerzooError
+from mixerzoo.spec import KINDS, Site
+
+KEEP = "keep"
+KEEP_LETTER = "A"  # "as it was"
+
+
+@dataclass(frozen=True, order=True)
+class Candidate:
+    """A mixer at a width, written `glu_mlp@0.5`; `keep` has no width."""
+
+    mixer: str
+    width: float = 1.0
+
+    def __str__(self) -> str:
+        return KEEP if self.mixer == KEEP else f"{self.mixer}@{self.width:g}"
+
+    @property
+    def is_keep(self) -> bool:
+        """Whether the teacher's own module stays."""
+        return self.mixer == KEEP
+
+    @classmethod
+    def parse(cls, text: str) -> Candidate:
+        """Read `mixer@width`, `mixer` (width 1) or `keep`.
+
+        Raises:
+            MixerzooError: for anything else.
+        """
+        name, _, width = text.partition("@")
+        try:
+            return cls(name, float(width) if width else 1.0)
+        except ValueError:
+            raise MixerzooError(f"candidate '{text}': write mixer@width, such as glu_mlp@0.5") from None
+
+
+KEEP_CANDIDATE = Candidate(KEEP)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One candidate a site, in site order."""
+
+    choices: tuple[tuple[str, Candidate], ...]
+
+    @classmethod
+    def of(cls, choices: Mapping[str, Candidate], sites: Sequence[Site]) -> Plan:
+        """Make a plan in site order; sites that are not named keep the teacher's module.
+
+        Raises:
+            MixerzooError: if a name is not a site.
+        """
+        unknown = set(choices) - {site.name for site in sites}
+        if unknown:
+            raise MixerzooError(f"plan: '{sorted(unknown)[0]}' is not a site of this teacher")
+        return cls(tuple((site.name, choices.get(site.name, KEEP_CANDIDATE)) for site in sites))
+
+    def __getitem__(self, site: str) -> Candidate:
+        return dict(self.choices)[site]
+
+    def to_json(self) -> dict[str, str]:
+        """Return site -> candidate, in site order."""
+        return {site: str(candidate) for site, candidate in self.choices}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, str]) -> Plan:
+        """Rebuild a plan from `to_json`."""
+        return cls(tuple((site, Candidate.parse(text)) for site, text in data.items()))
+
+    @property
+    def key(self) -> str:
+        """A short stable hash of the choices."""
+        return hashlib.sha256(json.dumps(self.to_json()).encode()).hexdigest()[:12]
+
+    def replaced(self) -> int:
+        """Return how many sites do not keep the teacher's module."""
+        return sum(not candidate.is_keep for _, candidate in self.choices)
+
+    def short_name(self, sites: Sequence[Site], letters: Mapping[str, str]) -> str:
+        """Return a nickname such as `A3-G4-N1`: run-length, one letter a mixer (A: as it was).
+
+        Attention sites come first, then, after a slash, mlp sites. Widths are not in it.
+        """
+        kinds = {site.name: site.kind for site in sites}
+        parts = []
+        for kind in KINDS:
+            row = [
+                KEEP_LETTER if candidate.is_keep else letters.get(candidate.mixer, candidate.mixer[0].upper())
+                for site, candidate in self.choices
+                if kinds[site] == kind
+            ]
+            if row:
+                parts.append("-".join(f"{letter}{len(list(run))}" for letter, run in groupby(row)))
+        return "/".join(parts)
