@@ -9,7 +9,7 @@ from mixerzoo.hookspecs import hookimpl
 from mixerzoo.spec import AttentionView, Caps, MixerSpec, MlpView, Site
 
 if TYPE_CHECKING:
-    from mixerzoo.load import load
+    from mixerzoo.student import load
 
 __version__ = "0.1.0"
 
@@ -29,7 +29,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # `load` needs torch and the hosts; everything else here is light.
     if name == "load":
-        from mixerzoo.load import load
+        from mixerzoo.student import load
 
         return load
     raise AttributeError(f"module 'mixerzoo' has no attribute '{name}'")

@@ -28,7 +28,7 @@ def guard_torchvision() -> None:
         try:
             torch.ops.load_library(str(binary))
         except OSError:
-            library = torch.library.Library("torchvision", "DEF")  # noqa: TOR901 -- kept alive in _KEPT
+            library = torch.library.Library("torchvision", "DEF")
             for name in ("nms", "qnms"):
                 library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
             _KEPT.append(library)

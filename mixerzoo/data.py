@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,11 @@ from PIL import Image
 from mixerzoo.compat import guard_torchvision
 from mixerzoo.errors import MixerzooError
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+IMAGE_SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+)
 SPLIT_SEED = 0
+MIN_IMAGES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,10 +182,14 @@ def open_folder(source: str) -> Dataset:
     """A folder of images, flat (no labels) or with one folder a class. Unreadable images are skipped and named."""
     root = Path(source)
     if not root.is_dir():
-        raise MixerzooError(f"data '{source}': no such folder; give a folder of images, an .npz file or 'digits'")
+        raise MixerzooError(
+            f"data '{source}': no such folder; give a folder of images, an .npz file or 'digits'"
+        )
     found = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     if not found:
-        raise MixerzooError(f"data '{source}': no image in it (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise MixerzooError(
+            f"data '{source}': no image in it (looked for {', '.join(sorted(IMAGE_SUFFIXES))})"
+        )
     paths: list[Path] = []
     skipped: list[str] = []
     hasher = hashlib.sha256()
@@ -196,7 +203,9 @@ def open_folder(source: str) -> Dataset:
         paths.append(path)
         hasher.update(str(path.relative_to(root)).encode() + b"\0" + hashlib.sha256(content).digest())
     if not paths:
-        raise MixerzooError(f"data '{source}': none of its {len(found)} images can be read (first: {skipped[0]})")
+        raise MixerzooError(
+            f"data '{source}': none of its {len(found)} images can be read (first: {skipped[0]})"
+        )
     _demand_enough(source, len(paths))
     # Class folders are labels only where every image is in one: a mixture is taken as unlabelled.
     parents = [path.relative_to(root).parts[:-1] for path in paths]
@@ -213,12 +222,13 @@ def open_folder(source: str) -> Dataset:
     )
 
 
+# The last registered that accepts a value opens it, so that the folder, which accepts any, comes first.
 BUILTIN_DATASETS = (
     DatasetSpec(
-        name="digits",
-        accepts=lambda source: source == "digits",
-        open=open_digits,
-        summary="1,797 real handwritten digits (scikit-learn)",
+        name="folder",
+        accepts=lambda source: True,
+        open=open_folder,
+        summary="a folder of images, with or without class folders",
     ),
     DatasetSpec(
         name="npz",
@@ -227,14 +237,32 @@ BUILTIN_DATASETS = (
         summary="an .npz file with images x and, optionally, labels y",
     ),
     DatasetSpec(
-        name="folder",
-        accepts=lambda source: True,
-        open=open_folder,
-        summary="a folder of images, with or without class folders",
+        name="digits",
+        accepts=lambda source: source == "digits",
+        open=open_digits,
+        summary="1,797 real handwritten digits (scikit-learn)",
     ),
 )
 
-MIN_IMAGES = 20
+
+def open_data(source: str) -> Dataset:
+    """Open a `--data` value with the last registered kind of data that accepts it.
+
+    Raises:
+        MixerzooError: if it is not there, empty, or not what it looks like.
+    """
+    from mixerzoo.registry import get_registry
+
+    spec = next(spec for spec in reversed(list(get_registry().datasets)) if spec.accepts(source))
+    return spec.open(source)
+
+
+def image_batches(
+    data: Dataset, indices: Sequence[int], config: ImageConfig, batch_size: int = 32
+) -> Iterator[torch.Tensor]:
+    """Yield prepared images (B, C, H, W) in order."""
+    for first in range(0, len(indices), batch_size):
+        yield load_images(data, indices[first : first + batch_size], config)
 
 
 def _demand_enough(source: str, count: int) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -14,6 +16,15 @@ from mixerzoo.spec import KINDS, Site
 KEEP = "keep"
 KEEP_LETTER = "A"  # "as it was"
 
+_CANDIDATE = re.compile(r"(?P<mixer>[a-z][a-z0-9_]*)(@(?P<width>\S+))?")
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
 
 @dataclass(frozen=True, order=True)
 class Candidate:
@@ -23,7 +34,11 @@ class Candidate:
     width: float = 1.0
 
     def __str__(self) -> str:
-        return KEEP if self.mixer == KEEP else f"{self.mixer}@{self.width:g}"
+        if self.mixer == KEEP:
+            return KEEP
+        short = f"{self.width:g}"
+        # Six digits do for 0.5, not for a third: what is written must be read back as the same width.
+        return f"{self.mixer}@{short if float(short) == self.width else repr(self.width)}"
 
     @property
     def is_keep(self) -> bool:
@@ -37,11 +52,11 @@ class Candidate:
         Raises:
             MixerzooError: for anything else.
         """
-        name, _, width = text.partition("@")
-        try:
-            return cls(name, float(width) if width else 1.0)
-        except ValueError:
-            raise MixerzooError(f"candidate '{text}': write mixer@width, such as glu_mlp@0.5") from None
+        match = _CANDIDATE.fullmatch(text) if isinstance(text, str) else None
+        width = 1.0 if match is None or match["width"] is None else _number(match["width"])
+        if match is None or not 0 < width < math.inf or (text != KEEP and match["mixer"] == KEEP):
+            raise MixerzooError(f"candidate '{text}': write mixer@width, such as glu_mlp@0.5, or {KEEP}")
+        return cls(match["mixer"], width)
 
 
 KEEP_CANDIDATE = Candidate(KEEP)

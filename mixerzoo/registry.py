@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
 import traceback
 from collections.abc import Callable, Iterator
@@ -61,16 +63,21 @@ class BrokenPlugin:
 class Shelf(Generic[T]):
     """Named things of one kind, each with its origin; kept in order of registration."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, of: type | None = None) -> None:
         self.what = what
+        self.of = of
         self._items: dict[str, tuple[T, Origin]] = {}
 
     def add(self, item: T, origin: Origin) -> None:
         """Add an item.
 
         Raises:
-            MixerzooError: if the name is taken; both distributions are named.
+            MixerzooError: if the name is taken; both distributions are named. Also if it is not an item.
         """
+        if self.of is not None and not isinstance(item, self.of):
+            raise MixerzooError(
+                f"{origin} registers {item!r} as a {self.what}: it is not a {self.of.__name__}"
+            )
         if item.name in self._items:
             raise MixerzooError(
                 f"{self.what} '{item.name}' of {origin} is already registered by {self._items[item.name][1]}; "
@@ -115,7 +122,7 @@ class Shelf(Generic[T]):
 class Registry:
     """What all plugins registered, and which could not."""
 
-    mixers: Shelf[MixerSpec] = field(default_factory=lambda: Shelf("mixer"))
+    mixers: Shelf[MixerSpec] = field(default_factory=lambda: Shelf("mixer", MixerSpec))
     hosts: Shelf[Host] = field(default_factory=lambda: Shelf("host"))
     datasets: Shelf[DatasetSpec] = field(default_factory=lambda: Shelf("data set"))
     runtimes: Shelf[RuntimeSpec] = field(default_factory=lambda: Shelf("runtime"))
@@ -128,14 +135,14 @@ class Registry:
         Raises:
             Exception: whatever went wrong, if `strict`; otherwise it is listed in `broken`.
         """
-        shelves = (self.mixers, self.hosts, self.datasets, self.runtimes)
+        shelves: tuple[Shelf[Any], ...] = (self.mixers, self.hosts, self.datasets, self.runtimes)
         before = [shelf.snapshot() for shelf in shelves]
         manager = pluggy.PluginManager(hookspecs.GROUP)
         manager.add_hookspecs(hookspecs)
         try:
             plugin = module()
             manager.register(plugin, name=name)
-            self._refuse_misspelt(manager, plugin)
+            self._refuse_unheard(manager, plugin)
             for shelf, hook in zip(
                 shelves,
                 (
@@ -147,9 +154,9 @@ class Registry:
                 strict=True,
             ):
                 hook(register=lambda item, shelf=shelf: shelf.add(item, origin))
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit() in a plugin is no reason to leave either
             for shelf, content in zip(shelves, before, strict=True):
-                shelf.restore(content)  # type: ignore[arg-type]
+                shelf.restore(content)
             if strict:
                 raise
             self.broken.append(BrokenPlugin(origin=origin, error=_one_line(error)))
@@ -157,15 +164,21 @@ class Registry:
         self.plugins.append((origin, plugin))
 
     @staticmethod
-    def _refuse_misspelt(manager: pluggy.PluginManager, plugin: Any) -> None:
+    def _refuse_unheard(manager: pluggy.PluginManager, plugin: Any) -> None:
+        """Refuse hooks that would silently never be called: misspelt, or without their decorator."""
         try:
             manager.check_pending()
         except pluggy.PluginValidationError as error:
             raise MixerzooError(str(error)) from None
         hooks = {name for name in dir(hookspecs) if name.startswith("register_")}
-        for name in vars(plugin):
-            if name.startswith("register_") and name not in hooks:
-                raise MixerzooError(f"unknown hook '{name}': {did_you_mean(name, hooks)}")
+        heard = {caller.name for caller in manager.get_hookcallers(plugin) or ()}
+        for name, value in inspect.getmembers(plugin, inspect.isroutine):
+            imported = inspect.ismodule(plugin) and value.__module__ != plugin.__name__
+            if not name.startswith("register_") or name in heard or imported:
+                continue
+            if name in hooks:
+                raise MixerzooError(f"hook '{name}' is never called: decorate it with @mixerzoo.hookimpl")
+            raise MixerzooError(f"unknown hook '{name}': {did_you_mean(name, hooks)}")
 
     def add_commands(self, cli: click.Group, *, strict: bool) -> None:
         """Let every plugin add its commands; a plugin that fails to is listed in `broken`."""
@@ -176,7 +189,10 @@ class Registry:
             before = dict(cli.commands)
             try:
                 manager.hook.register_commands(cli=cli)
-            except Exception as error:
+                taken = [name for name in before if cli.commands.get(name) is not before[name]]
+                if taken:
+                    raise MixerzooError(f"command '{taken[0]}' exists already; add yours under another name")
+            except (Exception, SystemExit) as error:
                 cli.commands = before
                 if strict:
                     raise
@@ -187,9 +203,15 @@ class Registry:
         return {origin.distribution: origin.version for origin, _ in self.plugins}
 
 
-def _one_line(error: Exception) -> str:
-    last = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
-    where = "" if last is None or isinstance(error, MixerzooError) else f" ({last.filename}:{last.lineno})"
+def _one_line(error: BaseException) -> str:
+    # The last frames of an ImportError are those of the import machinery, and tell nobody anything.
+    machinery = ("<frozen", os.path.dirname(importlib.__file__), __file__)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(machinery)]
+    where = (
+        ""
+        if not frames or isinstance(error, MixerzooError)
+        else f" ({frames[-1].filename}:{frames[-1].lineno})"
+    )
     return " ".join(f"{type(error).__name__}: {error}".split()) + where
 
 
@@ -211,7 +233,9 @@ def load_registry(entries: list[EntryPoint] | None = None) -> Registry:
     """Load every installed plugin (or the given entry points) into a fresh registry."""
     found = list(entry_points(group=hookspecs.GROUP)) if entries is None else entries
     # mixerzoo's own come first, so that a clash of names is blamed on the newcomer.
-    found.sort(key=lambda entry: (_origin(entry).distribution != "mixerzoo", _origin(entry).distribution, entry.name))
+    found.sort(
+        key=lambda entry: (_origin(entry).distribution != "mixerzoo", _origin(entry).distribution, entry.name)
+    )
     registry = Registry()
     for entry in found:
         registry.load(entry.name, _origin(entry), entry.load, strict=is_strict())
@@ -228,7 +252,7 @@ def get_registry() -> Registry:
 def temporary_plugin(plugin: Any, *, name: str = "temporary") -> Iterator[Registry]:
     """Register a plugin object for the duration of a `with` block, strictly; meant for tests and notebooks."""
     registry = get_registry()
-    shelves = (registry.mixers, registry.hosts, registry.datasets, registry.runtimes)
+    shelves: tuple[Shelf[Any], ...] = (registry.mixers, registry.hosts, registry.datasets, registry.runtimes)
     before = [shelf.snapshot() for shelf in shelves]
     plugins = list(registry.plugins)
     origin = Origin(plugin=name, distribution=name, version="0")
@@ -237,5 +261,5 @@ def temporary_plugin(plugin: Any, *, name: str = "temporary") -> Iterator[Regist
         yield registry
     finally:
         for shelf, content in zip(shelves, before, strict=True):
-            shelf.restore(content)  # type: ignore[arg-type]
+            shelf.restore(content)
         registry.plugins[:] = plugins

@@ -165,7 +165,7 @@ class MixerSpec:
         widths: size knobs, fractions of the natural size, each in (0, 8].
         kinds: the kinds of site it can stand at.
         caps: what it can do.
-        inherit: starts the module from the teacher, in place; optional.
+        inherit: starts the module from the teacher, in place; called under torch.no_grad(). Optional.
         readout: path of the mixer's last linear layer, whose output is the mixer's output up to a reshape; it
             is then solved in closed form. Optional.
         cost: growth of time in N and D, such as `N D^2`.
@@ -195,7 +195,8 @@ class MixerSpec:
             raise MixerzooError(
                 f"mixer '{self.name}': use a lower-case name of letters, digits and _, such as 'my_mixer'"
             )
-        if not self.widths or any(not 0 < width <= 8 for width in self.widths):
+        object.__setattr__(self, "widths", tuple(self.widths))
+        if not self.widths or any(not isinstance(w, int | float) or not 0 < w <= 8 for w in self.widths):
             raise MixerzooError(f"mixer '{self.name}': widths {self.widths} must be numbers in (0, 8]")
         if len(set(self.widths)) != len(self.widths):
             raise MixerzooError(f"mixer '{self.name}': widths {self.widths} name one twice")

@@ -1,0 +1,160 @@
+"""One pass of the teacher over the calibration images: inputs and outputs of every site, and statistics.
+
+Activations are kept in bfloat16, in memory up to a limit and in memory-mapped files above it.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mixerzoo.hosts import Teacher
+from mixerzoo.spec import AttentionView, MlpView, Site, View
+from mixerzoo.statistics import AttentionStatistics
+
+MEMORY_LIMIT_GB = 2.0
+MAP_IMAGES = 256  # attention maps are recomputed unfused, which is slow; their mean settles before that
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteCapture:
+    """What the teacher does at one site over n calibration images.
+
+    Attributes:
+        x: inputs (n, N, D) bfloat16.
+        y: outputs (n, N, D) bfloat16.
+        view: weights, mean maps or importances, and statistics: what a mixer may start from.
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor
+    view: View
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capture:
+    """The captured sites by name; `folder` holds the spilled part and goes away with this object."""
+
+    sites: dict[str, SiteCapture]
+    folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+
+    @property
+    def statistics(self) -> dict[str, dict[str, float]]:
+        """Site -> statistics."""
+        return {name: dict(site.view.statistics) for name, site in self.sites.items()}
+
+
+@torch.inference_mode()
+def capture(
+    teacher: Teacher,
+    batches: Iterable[torch.Tensor],
+    images: int,
+    *,
+    memory_limit_gb: float = MEMORY_LIMIT_GB,
+    spill_dir: Path | None = None,
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> Capture:
+    """Run the teacher once over `batches` of images (B, C, H, W), `images` in all.
+
+    Args:
+        teacher: the teacher.
+        batches: images, prepared.
+        images: how many there are in all batches together.
+        memory_limit_gb: activations above this many GiB go to memory-mapped files.
+        spill_dir: where those files go; the system's temporary folder unless given.
+        on_batch: called with the number of images done.
+    """
+    needed = sum(4 * images * site.tokens * site.dim for site in teacher.sites)
+    folder = None
+    if needed > memory_limit_gb * 2**30:
+        folder = tempfile.TemporaryDirectory(prefix="mixerzoo-capture-", dir=spill_dir)
+    recorders = [_Recorder(teacher, site, images, folder) for site in teacher.sites]
+    handles = [handle for recorder in recorders for handle in recorder.attach()]
+    done = 0
+    try:
+        for batch in batches:
+            teacher.model(batch)
+            done += len(batch)
+            on_batch(done)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Capture(sites={recorder.site.name: recorder.finish() for recorder in recorders}, folder=folder)
+
+
+class _Recorder:
+    """Hooks of one site, and what they gather."""
+
+    def __init__(
+        self, teacher: Teacher, site: Site, images: int, folder: tempfile.TemporaryDirectory[str] | None
+    ) -> None:
+        self.teacher = teacher
+        self.site = site
+        self.module = teacher.model.get_submodule(site.name)
+        self.x = _allocate((images, site.tokens, site.dim), folder, f"{site.index}-x")
+        self.y = _allocate((images, site.tokens, site.dim), folder, f"{site.index}-y")
+        self.row = 0
+        self.maps = AttentionStatistics(site) if site.kind == "attention" else None
+        self.units = torch.zeros(site.hidden or 0, dtype=torch.float64)
+        self.added = self.residual = 0.0
+
+    def attach(self) -> list[torch.utils.hooks.RemovableHandle]:
+        """Hook the site's module, and the norm before it for the size of the residual stream."""
+        handles = [self.module.register_forward_hook(self._seen)]
+        if self.site.norm is not None:
+            norm = self.teacher.model.get_submodule(self.site.norm)
+            handles.append(norm.register_forward_hook(self._seen_residual))
+        return handles
+
+    def _seen_residual(self, _module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
+        self.residual += _energy(args[0])
+
+    def _seen(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        x = args[0]
+        rows = slice(self.row, self.row + len(x))
+        self.x[rows], self.y[rows] = x, output
+        self.row += len(x)
+        scale = None if self.site.scale is None else self.teacher.model.get_submodule(self.site.scale)
+        self.added += _energy(output if scale is None else scale(output))
+        if self.maps is not None:
+            if self.maps.images < MAP_IMAGES:
+                self.maps.update(self.teacher.host.attention_maps(module, x))
+        else:
+            self.units += self.teacher.host.hidden_units(module, x).square().sum((0, 1))
+
+    def finish(self) -> SiteCapture:
+        """Return what was gathered."""
+        weights = self.teacher.host.weights(self.module, self.site)
+        contribution = math.sqrt(self.added / self.residual) if self.residual else math.nan
+        statistics = {"contribution": contribution}
+        view: View
+        if self.maps is not None:
+            view = AttentionView(
+                **weights, mean_attention=self.maps.mean, statistics=self.maps.result() | statistics
+            )
+        else:
+            size = (self.units / max(self.row * self.site.tokens, 1)).sqrt().float()
+            importance = size * weights["out_weight"].norm(dim=0)
+            view = MlpView(**weights, importance=importance, statistics=statistics)
+        return SiteCapture(x=self.x, y=self.y, view=view)
+
+
+def _energy(x: torch.Tensor) -> float:
+    return float(x.square().sum(dtype=torch.float64))
+
+
+def _allocate(
+    shape: Sequence[int], folder: tempfile.TemporaryDirectory[str] | None, name: str
+) -> torch.Tensor:
+    if folder is None:
+        return torch.empty(*shape, dtype=torch.bfloat16)
+    path = Path(folder.name) / name
+    size = math.prod(shape)
+    return torch.from_file(str(path), shared=True, size=size, dtype=torch.bfloat16).view(*shape)

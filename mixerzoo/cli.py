@@ -1,0 +1,136 @@
+"""The command line. Every command is a thin wrapper; heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mixerzoo import __version__
+from mixerzoo.errors import MixerzooError
+
+
+class Group(click.Group):
+    """Loads the commands of plugins before it lists or looks up any, and prints mixerzoo's errors on one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return all commands, those of plugins too."""
+        self._load()
+        return super().list_commands(ctx)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command, one of a plugin too."""
+        self._load()
+        return super().get_command(ctx, cmd_name)
+
+    def _load(self) -> None:
+        if not self.__dict__.get("loaded"):
+            from mixerzoo.registry import get_registry, is_strict
+
+            self.__dict__["loaded"] = True
+            get_registry().add_commands(self, strict=is_strict())
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; an error of mixerzoo becomes one line and its exit code."""
+        try:
+            return super().invoke(ctx)
+        except MixerzooError as error:
+            click.echo(f"mixerzoo: {error}", err=True)
+            ctx.exit(error.exit_code)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+def main() -> None:
+    """Fit a pretrained transformer to a latency budget, site by site."""
+
+
+@main.command()
+def mixers() -> None:
+    """List the mixers, and the plugins that could not be loaded."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mixerzoo.registry import get_registry
+
+    registry = get_registry()
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("mixer", "", "from", "sites", "widths", "capabilities", "cost", "paper"):
+        table.add_column(column, overflow="fold")
+    for spec in registry.mixers:
+        claims = [name for name, claimed in vars(spec.caps).items() if claimed]
+        claims += ["inherits"] if spec.inherit else []
+        claims += ["closed form"] if spec.readout else []
+        table.add_row(
+            spec.name,
+            spec.letter,
+            str(registry.mixers.origin(spec.name)),
+            ", ".join(sorted(spec.kinds)),
+            " ".join(f"{width:g}" for width in spec.widths),
+            ", ".join(claim.replace("_", " ") for claim in claims),
+            spec.cost,
+            spec.paper,
+        )
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(table)
+    for broken in registry.broken:
+        origin = broken.origin
+        console.print(
+            f"[red]broken[/red] plugin '{origin.plugin}' of {origin}: {broken.error}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@main.command()
+@click.argument("names", nargs=-1)
+@click.option("--all", "every", is_flag=True, help="Check every registered mixer.")
+def check(names: tuple[str, ...], every: bool) -> None:
+    """Check that mixers do what their specs claim."""
+    from mixerzoo.registry import get_registry
+    from mixerzoo.testing import run_checks
+
+    shelf = get_registry().mixers
+    if not names and not every:
+        raise MixerzooError("name a mixer, or give --all; `mixerzoo mixers` lists them")
+    failed = 0
+    for spec in list(shelf) if every else [shelf.get(name) for name in names]:
+        for result in run_checks(spec):
+            failed += result.failed
+            mark = "ok  " if result.passed else "FAIL" if result.failed else "-   "
+            click.echo(f"{mark} {spec.name:<18} {result.name:<24} {result.message}".rstrip())
+    if failed:
+        raise MixerzooError(f"{failed} checks failed")
+
+
+@main.command()
+@click.option("--model", default="digits_vit", show_default=True, help="Name of the teacher, as timm has it.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Its weights, a safetensors file.")
+def sites(model: str, checkpoint: Path | None) -> None:
+    """List the sites of a model, and what looks like one and is not."""
+    from mixerzoo.hosts import open_teacher
+
+    teacher = open_teacher(model, checkpoint)
+    for site in teacher.sites:
+        shape = f"N={site.tokens} D={site.dim} " + (
+            f"H={site.heads}" if site.kind == "attention" else f"hidden={site.hidden} {site.activation}"
+        )
+        click.echo(f"{site.name:<24} {site.kind:<10} {shape}")
+    for rejected in teacher.rejected:
+        click.echo(f"{rejected.name:<24} not a site: {rejected.reason}")
+
+
+@main.command()
+@click.option("--tracking-uri", help="MLflow's store.  [default: mlflow.db in the working directory]")
+@click.option("--port", default=5000, show_default=True)
+def ui(tracking_uri: str | None, port: int) -> None:
+    """Open MLflow on 127.0.0.1 to compare runs."""
+    from mixerzoo.tracking import open_ui
+
+    open_ui(tracking_uri, port)
+
+
+if __name__ == "__main__":
+    main()

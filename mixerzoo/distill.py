@@ -1,0 +1,273 @@
+"""Distil one candidate at one site, teacher-forced: inherit, solve the readout, then gradient steps on the rest.
+
+The error is NMSE = sum |f(x) - y|^2 / sum |y - mean(y)|^2 over held-out calibration images: 0 is perfect, 1 is a
+constant. The mean is over images and tokens, one a channel.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from mixerzoo.capture import SiteCapture
+from mixerzoo.errors import MixerzooError
+from mixerzoo.hosts import count_params
+from mixerzoo.ridge import Gram, solve
+from mixerzoo.spec import MixerSpec, Site
+
+BATCH = 32  # images at a time, in every pass over the captured activations
+HELD_OUT = 0.2  # of the calibration images
+PATIENCE = 2  # checks without a better held-out error before the steps stop
+CHECKS = 5  # checks of the held-out error in a full run of steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a candidate is distilled; part of its library key.
+
+    Attributes:
+        steps: gradient steps after the closed form; 0 for none.
+        lr: peak of the one-cycle schedule of AdamW.
+        seed: of the initialisation and the order of the batches.
+    """
+
+    steps: int = 0
+    lr: float = 1e-3
+    seed: int = 0
+
+    def to_json(self) -> dict[str, float]:
+        """Return the recipe as JSON-ready data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distilled:
+    """A distilled candidate, or the reason why there is none.
+
+    Attributes:
+        state: state dict of the mixer; empty if it failed.
+        nmse: held-out error; inf if it failed.
+        nmse_start: as inherited or initialised.
+        nmse_solved: after the closed form; NaN without a readout.
+        steps: gradient steps taken.
+        params: parameters of the mixer.
+        seconds: wall time.
+        failed: reason, or empty.
+    """
+
+    state: dict[str, torch.Tensor]
+    nmse: float
+    nmse_start: float
+    nmse_solved: float
+    steps: int
+    params: int
+    seconds: float
+    failed: str = ""
+
+
+def held_out_rows(images: int) -> tuple[slice, slice]:
+    """Return the training and the held-out rows of the captured images."""
+    first = images - max(1, round(images * HELD_OUT))
+    return slice(0, first), slice(first, images)
+
+
+def distill(
+    spec: MixerSpec,
+    width: float,
+    site: Site,
+    captured: SiteCapture,
+    recipe: Recipe,
+    *,
+    start: dict[str, torch.Tensor] | None = None,
+) -> Distilled:
+    """Distil `spec` at `width` for `site`; never raises for what a mixer does wrong, but records it.
+
+    Args:
+        spec: the mixer.
+        width: its width.
+        site: where it shall stand.
+        captured: the teacher's inputs and outputs there.
+        recipe: how far to go.
+        start: state of the same candidate after a shorter recipe; skips inheritance and closed form.
+    """
+    began = time.perf_counter()
+    nmse_start = nmse_solved = math.nan
+    steps = params = 0
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_seed(spec, width, site, recipe.seed))
+            mixer = spec.make(site, width)
+            params = count_params(mixer)
+            if start is not None:
+                mixer.load_state_dict(start)
+            elif spec.inherit is not None:
+                with torch.no_grad():
+                    spec.inherit(mixer, captured.view)
+            mixer.eval()
+            nmse = nmse_start = evaluate(mixer, captured)
+            if spec.readout is not None and start is None:
+                before = copy.deepcopy(mixer.state_dict())
+                if solve_readout(mixer, spec.readout, captured):
+                    nmse_solved = evaluate(mixer, captured)
+                    if not nmse_solved <= nmse:  # also where it is NaN
+                        mixer.load_state_dict(before)
+                    else:
+                        nmse = nmse_solved
+            if recipe.steps and params:
+                nmse, steps = take_steps(mixer, captured, recipe, nmse, readout=spec.readout)
+        if not math.isfinite(nmse):
+            raise MixerzooError(f"its held-out error is {nmse}")
+        state = {name: tensor.detach().contiguous() for name, tensor in mixer.state_dict().items()}
+    except Exception as error:  # a plugin's mixer may raise anything; it costs no other candidate
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return Distilled(
+            state={},
+            nmse=math.inf,
+            nmse_start=nmse_start,
+            nmse_solved=nmse_solved,
+            steps=steps,
+            params=params,
+            seconds=time.perf_counter() - began,
+            failed=reason,
+        )
+    return Distilled(
+        state=state,
+        nmse=nmse,
+        nmse_start=nmse_start,
+        nmse_solved=nmse_solved,
+        steps=steps,
+        params=params,
+        seconds=time.perf_counter() - began,
+    )
+
+
+@torch.inference_mode()
+def evaluate(mixer: nn.Module, captured: SiteCapture) -> float:
+    """Return the held-out NMSE."""
+    _, held_out = held_out_rows(len(captured.x))
+    error = spread = 0.0
+    y_all = captured.y[held_out].float()
+    mean = y_all.mean((0, 1))
+    for x, y in _batches(captured, held_out):
+        error += float((mixer(x) - y).double().square().sum())
+        spread += float((y - mean).double().square().sum())
+    return error / max(spread, 1e-30)
+
+
+@torch.inference_mode()
+def solve_readout(mixer: nn.Module, readout: str, captured: SiteCapture) -> bool:
+    """Solve the mixer's last linear layer by ridge regression; return whether there was a solution."""
+    layer = mixer.get_submodule(readout)
+    if not isinstance(layer, nn.Linear):
+        raise MixerzooError(f"readout '{readout}' is a {type(layer).__name__}, not a linear layer")
+    train, held_out = held_out_rows(len(captured.x))
+    grams = []
+    with FeatureTap(layer) as tap:
+        for rows in (train, held_out):
+            gram = Gram(layer.in_features, layer.out_features)
+            for x, y in _batches(captured, rows):
+                mixer(x)
+                gram.update(tap.features(), y.reshape(-1, layer.out_features))
+            grams.append(gram)
+    found = solve(*grams)
+    if found is None:
+        return False
+    set_linear(layer, found.weight, found.bias)
+    return True
+
+
+class FeatureTap:
+    """Records the input of a linear layer during a `with` block."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.layer = layer
+        self._seen: torch.Tensor | None = None
+
+    def __enter__(self) -> FeatureTap:
+        self._handle = self.layer.register_forward_pre_hook(self._record)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+    def _record(self, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        self._seen = args[0]
+
+    def features(self) -> torch.Tensor:
+        """Return the last input as rows (rows, F)."""
+        if self._seen is None:
+            raise MixerzooError("the readout was not called")
+        return self._seen.reshape(-1, self.layer.in_features)
+
+
+@torch.no_grad()
+def set_linear(layer: nn.Linear, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    """Write a solution into a linear layer; the bias is dropped where it has none."""
+    layer.weight.copy_(weight)
+    if layer.bias is not None:
+        layer.bias.copy_(bias)
+
+
+def take_steps(
+    mixer: nn.Module, captured: SiteCapture, recipe: Recipe, nmse: float, *, readout: str | None
+) -> tuple[float, int]:
+    """Take AdamW steps on the NMSE; leave the mixer at its best held-out state. Returns that error and the steps.
+
+    A readout stays at its closed-form optimum and is solved again at every check: the steps are for what lies
+    before it (variable projection). Steps on a solved readout would first undo the solution.
+    """
+    train, _ = held_out_rows(len(captured.x))
+    y_train = captured.y[train].float()
+    spread = float((y_train - y_train.mean((0, 1))).square().mean())
+    solved = set() if readout is None else set(mixer.get_submodule(readout).parameters())
+    parameters = [p.requires_grad_() for p in mixer.parameters() if p not in solved]
+    if not parameters:
+        return nmse, 0
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=recipe.lr, total_steps=recipe.steps, pct_start=0.2
+    )
+    best, best_state, stale, step = nmse, copy.deepcopy(mixer.state_dict()), 0, 0
+    every = max(1, recipe.steps // CHECKS)
+    mixer.train()
+    while step < recipe.steps and stale < PATIENCE:
+        rows = torch.randint(len(y_train), (BATCH,))
+        loss = (mixer(captured.x[rows].float()) - captured.y[rows].float()).square().mean() / spread
+        if not torch.isfinite(loss):
+            break  # the best state so far is kept
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        step += 1
+        if step % every == 0 or step == recipe.steps:
+            mixer.eval()
+            if readout is not None:
+                solve_readout(mixer, readout, captured)
+            now = evaluate(mixer, captured)
+            mixer.train()
+            stale = 0 if now < best else stale + 1
+            if now < best:
+                best, best_state = now, copy.deepcopy(mixer.state_dict())
+    mixer.load_state_dict(best_state)
+    mixer.eval()
+    return best, step
+
+
+def _batches(captured: SiteCapture, rows: slice) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for first in range(rows.start, rows.stop, BATCH):
+        part = slice(first, min(first + BATCH, rows.stop))
+        yield captured.x[part].float(), captured.y[part].float()
+
+
+def _seed(spec: MixerSpec, width: float, site: Site, seed: int) -> int:
+    text = f"{spec.name}@{width:g} {site.name} {seed}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])

@@ -1,0 +1,339 @@
+"""Measured latency, in milliseconds: medians of interleaved rounds, drift cancelled through the teacher's ratio.
+
+Every number here is the median at a stated batch size, thread count, dtype, device and runtime. FLOPs are never
+taken for speed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mixerzoo.errors import MixerzooError
+from mixerzoo.hosts import Replacement, Teacher, assemble
+from mixerzoo.plan import Candidate
+from mixerzoo.registry import get_registry
+from mixerzoo.spec import Site
+
+Run = Callable[[], object]
+
+REFERENCE = "teacher"
+WARMUP = 3
+ROUNDS = 15
+MIN_SAMPLE_MS = (
+    8.0  # a timing is a loop of at least this long, so that the clock and the scheduler matter less
+)
+BETWEEN = 3  # subjects between two timings of the reference
+PLACED_PARAMS = 100_000_000  # a candidate stands at as many sites at once as stay below this
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeSpec:
+    """What a plugin registers to run students in another way.
+
+    Attributes:
+        name: of the runtime.
+        prepare: (model, example input) to a function that runs the model once, to completion.
+        summary: one line for the help text.
+    """
+
+    name: str
+    prepare: Callable[[nn.Module, torch.Tensor], Run]
+    summary: str = ""
+
+
+def prepare_eager(model: nn.Module, example: torch.Tensor) -> Run:
+    """Run the model as PyTorch runs it, without gradients."""
+
+    def run() -> object:
+        with torch.inference_mode():
+            out = model(example)
+        if example.is_cuda:
+            torch.cuda.synchronize()
+        return out
+
+    return run
+
+
+EAGER = RuntimeSpec(name="eager", prepare=prepare_eager, summary="PyTorch as it is")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """Under what a latency holds."""
+
+    batch_size: int = 1
+    threads: int = 2
+    dtype: str = "float32"
+    device: str = "cpu"
+    runtime: str = "eager"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch has it."""
+        return DTYPES[self.dtype]
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Latency of one subject in ms: median and quartiles, and the median ratio to the reference beside it."""
+
+    median: float
+    low: float
+    high: float
+    ratio: float
+
+
+def measure(
+    subjects: Mapping[str, Run],
+    *,
+    rounds: int = ROUNDS,
+    clock: Callable[[], float] = time.perf_counter,
+    on_round: Callable[[int], None] = lambda done: None,
+) -> dict[str, Timing]:
+    """Time `subjects`, among them one called `teacher`, in interleaved rounds.
+
+    In each round the order is shuffled and the reference is timed again after every few subjects; a subject's
+    ratio is its time over the mean of the reference before and after it. Its median is that ratio times the
+    reference's median, so that a slow spell of the machine hits both alike.
+    """
+    loops = {name: _loops(run, clock) for name, run in subjects.items()}
+    others = [name for name in subjects if name != REFERENCE]
+    ratios: dict[str, list[float]] = {name: [] for name in others}
+    reference: list[float] = []
+    order = np.random.default_rng(0)
+    for done in range(rounds):
+        before = _sample(subjects[REFERENCE], loops[REFERENCE], clock)
+        reference.append(before)
+        shuffled = [others[i] for i in order.permutation(len(others))]
+        for start in range(0, len(shuffled), BETWEEN):
+            part = shuffled[start : start + BETWEEN]
+            times = [_sample(subjects[name], loops[name], clock) for name in part]
+            after = _sample(subjects[REFERENCE], loops[REFERENCE], clock)
+            reference.append(after)
+            for name, ms in zip(part, times, strict=True):
+                ratios[name].append(2 * ms / (before + after))
+            before = after
+        on_round(done + 1)
+    base = float(np.median(reference))
+    low, high = np.quantile(reference, [0.25, 0.75])
+    timings = {REFERENCE: Timing(median=base, low=float(low), high=float(high), ratio=1.0)}
+    for name in others:
+        low, middle, high = np.quantile(ratios[name], [0.25, 0.5, 0.75])
+        timings[name] = Timing(
+            median=base * float(middle), low=base * float(low), high=base * float(high), ratio=float(middle)
+        )
+    return timings
+
+
+class Stopwatch:
+    """Times students of one teacher under fixed conditions."""
+
+    def __init__(self, teacher: Teacher, conditions: Conditions) -> None:
+        self.teacher = teacher
+        self.conditions = conditions
+        self.runtime: RuntimeSpec = get_registry().runtimes.get(conditions.runtime)
+        generator = torch.Generator().manual_seed(0)
+        self.example = torch.randn(conditions.batch_size, *teacher.image.size, generator=generator).to(
+            conditions.device, conditions.torch_dtype
+        )
+        self._reference = self.prepare(teacher.model)
+
+    def prepare(self, model: nn.Module) -> Run:
+        """Return what runs `model` once on the example."""
+        if self.conditions.dtype != "float32" or self.conditions.device != "cpu":
+            model = assemble(model, {})
+            model = _detached(model).to(self.conditions.device, self.conditions.torch_dtype)
+        return self.runtime.prepare(model, self.example)
+
+    def time(
+        self,
+        students: Mapping[str, nn.Module],
+        *,
+        rounds: int = ROUNDS,
+        on_round: Callable[[int], None] = lambda done: None,
+    ) -> dict[str, Timing]:
+        """Time students beside the teacher; the result has `teacher` in it."""
+        with threads(self.conditions.threads):
+            runs = {REFERENCE: self._reference}
+            runs |= {name: self.prepare(model) for name, model in students.items()}
+            return measure(runs, rounds=rounds, on_round=on_round)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyTable:
+    """What each candidate does to the teacher's latency, in ms: negative is faster.
+
+    Attributes:
+        base_ms: the teacher.
+        change_ms: site -> candidate -> change; sites of the same shape share their measurements.
+    """
+
+    base_ms: float
+    change_ms: dict[str, dict[str, float]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-ready data."""
+        return {"base_ms": self.base_ms, "change_ms": self.change_ms}
+
+
+def measure_table(
+    stopwatch: Stopwatch,
+    candidates: Mapping[str, Sequence[Candidate]],
+    *,
+    rounds: int = ROUNDS,
+    on_round: Callable[[int], None] = lambda done: None,
+) -> LatencyTable:
+    """Time every candidate in place.
+
+    A candidate stands at all sites of one shape at once, with fresh weights at each; the change of the whole
+    model's latency, over the number of sites, is its change at one. Latency depends on shapes, not on weights.
+
+    Args:
+        stopwatch: the teacher and the conditions.
+        candidates: site -> candidates, without `keep`.
+        rounds: of the measurement.
+        on_round: called with the number of rounds done.
+    """
+    teacher = stopwatch.teacher
+    students: dict[str, nn.Module] = {}
+    placed: dict[str, int] = {}
+    groups: dict[str, list[Site]] = {}
+    for site in teacher.sites:
+        groups.setdefault(_shape(site), []).append(site)
+    for shape, sites in groups.items():
+        for candidate in candidates.get(sites[0].name, ()):
+            modules = _place_many(candidate, sites)
+            students[f"{shape} {candidate}"] = assemble(teacher.model, modules)
+            placed[f"{shape} {candidate}"] = len(modules)
+    timings = stopwatch.time(students, rounds=rounds, on_round=on_round)
+    base = timings[REFERENCE].median
+    change = {
+        site.name: {
+            str(c): base * (timings[f"{shape} {c}"].ratio - 1) / placed[f"{shape} {c}"]
+            for c in candidates.get(site.name, ())
+        }
+        for shape, sites in groups.items()
+        for site in sites
+    }
+    return LatencyTable(base_ms=base, change_ms=change)
+
+
+def environment(conditions: Conditions) -> dict[str, Any]:
+    """Return what a measurement depends on: machine, threads, dtype, runtime, versions."""
+    packages = ("mixerzoo", "torch", "timm", "optuna", "mlflow", "scipy", "numpy")
+    return {
+        "device": conditions.device,
+        "device_name": _device_name(conditions.device),
+        "threads": conditions.threads,
+        "dtype": conditions.dtype,
+        "batch_size": conditions.batch_size,
+        "runtime": conditions.runtime,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": {name: _version(name) for name in packages},
+    }
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Use `count` threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def check_device(device: str, dtype: str) -> None:
+    """Raise MixerzooError for a device or dtype that is not to be had here."""
+    if dtype not in DTYPES:
+        raise MixerzooError(f"dtype '{dtype}': known: {', '.join(DTYPES)}")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise MixerzooError(f"device '{device}' is not available ({reason}); use --device cpu") from None
+
+
+def _place_many(candidate: Candidate, sites: Sequence[Site]) -> dict[str, nn.Module]:
+    spec = get_registry().mixers.get(candidate.mixer)
+    modules: dict[str, nn.Module] = {}
+    total = 0
+    for site in sites:
+        mixer = spec.make(site, candidate.width).eval().requires_grad_(False)
+        modules[site.name] = Replacement(mixer, site, masks=spec.caps.masks)
+        total += sum(p.numel() for p in mixer.parameters())
+        if total > PLACED_PARAMS:
+            break
+    return modules
+
+
+def _detached(model: nn.Module) -> nn.Module:
+    """Give a model that shares tensors with the teacher its own, so that `.to` leaves the teacher alone."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.clone()
+    return model
+
+
+def _shape(site: Site) -> str:
+    parts = (site.dim, site.heads, site.tokens, site.prefix, site.grid, site.hidden, site.activation)
+    return f"{site.kind} {parts}"
+
+
+def _loops(run: Run, clock: Callable[[], float]) -> int:
+    for _ in range(WARMUP - 1):
+        run()
+    began = clock()
+    run()
+    return max(1, round(MIN_SAMPLE_MS / max((clock() - began) * 1e3, 1e-3)))
+
+
+def _sample(run: Run, loops: int, clock: Callable[[], float]) -> float:
+    began = clock()
+    for _ in range(loops):
+        run()
+    return (clock() - began) * 1e3 / loops
+
+
+def _device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def default_threads() -> int:
+    """Return the number of cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

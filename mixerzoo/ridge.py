@@ -1,0 +1,76 @@
+"""Closed-form readouts: ridge regression on streamed Gram matrices, the penalty chosen on held-out rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # relative to the mean squared feature
+
+
+class Gram:
+    """Streams rows of features (rows, F) and targets (rows, T) into the sums that least squares needs.
+
+    A constant feature is added for the bias. Sums are kept in float64.
+    """
+
+    def __init__(self, features: int, targets: int) -> None:
+        self.xx = torch.zeros(features + 1, features + 1, dtype=torch.float64)
+        self.xy = torch.zeros(features + 1, targets, dtype=torch.float64)
+        self.yy = torch.zeros(targets, dtype=torch.float64)
+        self.y = torch.zeros(targets, dtype=torch.float64)
+        self.rows = 0
+
+    def update(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Add rows: x (rows, F), y (rows, T)."""
+        x = torch.cat([x, x.new_ones(len(x), 1)], 1)
+        self.xx += x.T @ x
+        self.xy += x.T @ y
+        self.yy += y.square().sum(0)
+        self.y += y.sum(0)
+        self.rows += len(x)
+
+    def error(self, solution: torch.Tensor) -> float:
+        """Return the sum of squared errors of a solution (F + 1, T) on these rows."""
+        quadratic = ((self.xx @ solution) * solution).sum(0)
+        return float((quadratic - 2 * (self.xy * solution).sum(0) + self.yy).sum().clamp_min(0))
+
+    def spread(self) -> float:
+        """Return sum |y - mean(y)|^2, the denominator of the NMSE."""
+        return float((self.yy - self.y.square() / max(self.rows, 1)).sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """A linear map and how well it does: weight (T, F), bias (T,), held-out NMSE, the penalty it took."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    nmse: float
+    penalty: float
+
+
+def solve(train: Gram, held_out: Gram) -> Solution | None:
+    """Return the ridge solution whose penalty does best on the held-out rows; None if none is finite."""
+    features = len(train.xx) - 1
+    size = float(train.xx.diagonal()[:features].mean()) if features else 1.0
+    best: Solution | None = None
+    for penalty in PENALTIES:
+        ridge = torch.full((features + 1,), penalty * size, dtype=torch.float64)
+        ridge[-1] = 1e-9 * train.rows  # the bias is not shrunk
+        factor, info = torch.linalg.cholesky_ex(train.xx + ridge.diag())
+        if int(info) != 0:
+            continue
+        solution = torch.cholesky_solve(train.xy, factor)
+        if not torch.isfinite(solution).all():
+            continue
+        nmse = held_out.error(solution) / max(held_out.spread(), 1e-30)
+        if best is None or nmse < best.nmse:
+            best = Solution(
+                weight=solution[:-1].T.float().contiguous(),
+                bias=solution[-1].float().contiguous(),
+                nmse=nmse,
+                penalty=penalty,
+            )
+    return best

@@ -1,0 +1,112 @@
+"""The true loss of students against the teacher, on held-out images, with the unchanged prefix cached.
+
+KL(teacher || student) of the logits for a classifier, 1 - cosine for embeddings. Labels are never needed; where
+there are some, accuracy is reported too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from mixerzoo.hosts import Teacher, assemble, run_stages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How far a student is from its teacher.
+
+    Attributes:
+        loss: KL in nats, or 1 - cosine; a mean over images.
+        agreement: share of images with the teacher's answer; for embeddings, the mean cosine. In [0, 1].
+        accuracy: share of images with the right answer, or None without labels or classes.
+    """
+
+    loss: float
+    agreement: float
+    accuracy: float | None
+
+
+def output_loss(output: torch.Tensor, target: torch.Tensor, *, classifier: bool) -> torch.Tensor:
+    """Return the loss (B,) of outputs (B, C) against the teacher's."""
+    if classifier:
+        return F.kl_div(
+            output.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="none"
+        ).sum(-1)
+    return 1 - F.cosine_similarity(output.flatten(1), target.flatten(1), dim=-1)
+
+
+def judge(
+    output: torch.Tensor, target: torch.Tensor, labels: torch.Tensor | None, *, classifier: bool
+) -> Evaluation:
+    """Compare a student's outputs (B, C) with the teacher's and, if given, with labels (B,)."""
+    loss = float(output_loss(output, target, classifier=classifier).mean())
+    if not classifier:
+        return Evaluation(loss=loss, agreement=min(1.0, max(0.0, 1 - loss)), accuracy=None)
+    answers = output.argmax(-1)
+    return Evaluation(
+        loss=loss,
+        agreement=float((answers == target.argmax(-1)).float().mean()),
+        accuracy=None if labels is None else float((answers == labels).float().mean()),
+    )
+
+
+class Judge:
+    """Evaluates students of one teacher on one set of images.
+
+    The teacher's hidden state before every stage is kept, in float32: a student runs from its first changed
+    stage on.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        teacher: Teacher,
+        batches: Iterable[torch.Tensor],
+        labels: torch.Tensor | None,
+        *,
+        on_batch: Callable[[int], None] = lambda done: None,
+    ) -> None:
+        self.teacher = teacher
+        self.labels = labels
+        stages = teacher.host.stages(teacher.model)
+        self._hidden: list[list[torch.Tensor]] = []  # batch -> stage -> its input
+        outputs = []
+        for done, batch in enumerate(batches):
+            states = [batch]
+            for stage in stages:
+                states.append(stage(states[-1]))
+            outputs.append(states.pop())
+            self._hidden.append(states)
+            on_batch(done + 1)
+        self.target = torch.cat(outputs)
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return len(self.target)
+
+    @torch.inference_mode()
+    def outputs(self, student: nn.Module, *, first: int = 0) -> torch.Tensor:
+        """Return the student's outputs (B, C); its stages before `first` are the teacher's."""
+        stages = self.teacher.host.stages(student)
+        return torch.cat([run_stages(stages, states[first], first=first) for states in self._hidden])
+
+    def evaluate(self, student: nn.Module, *, first: int = 0) -> Evaluation:
+        """Evaluate a student whose stages before `first` are the teacher's."""
+        return judge(
+            self.outputs(student, first=first), self.target, self.labels, classifier=self.teacher.classifier
+        )
+
+    def evaluate_modules(self, modules: Mapping[str, nn.Module]) -> Evaluation:
+        """Evaluate the teacher with `modules` at the named sites."""
+        first = min((self.teacher.site(name).stage for name in modules), default=0)
+        return self.evaluate(assemble(self.teacher.model, modules), first=first)
+
+    def teacher_evaluation(self) -> Evaluation:
+        """Return the teacher's own figures: loss 0, agreement 1."""
+        return judge(self.target, self.target, self.labels, classifier=self.teacher.classifier)

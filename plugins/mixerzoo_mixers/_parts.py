@@ -1,0 +1,118 @@
+"""What several mixers share: shapes, padding, and the truncated factors of the teacher's projections.
+
+Shapes: B batch, N tokens, D model width, H heads, K the teacher's head width, R the mixer's head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mixerzoo import AttentionView
+
+
+def head_width(dim: int, heads: int, width: float) -> int:
+    """Return the mixer's head width R: the fraction `width` of the teacher's K = D / H, at least 1.
+
+    Raises:
+        ValueError: if D is not a multiple of H.
+    """
+    if dim % heads:
+        raise ValueError(
+            f"model width {dim} cannot be split over {heads} heads; it must be a multiple of them"
+        )
+    return max(1, round(dim // heads * width))
+
+
+def check_tokens(x: Tensor, tokens: int) -> None:
+    """Refuse an input of another length than the mixer was built for.
+
+    Raises:
+        ValueError: if x (B, N, D) does not hold `tokens` tokens.
+    """
+    if x.shape[1] != tokens:
+        raise ValueError(f"built for {tokens} tokens, got {x.shape[1]}; this mixer has a fixed length")
+
+
+def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return x (B, N, D) with zeros where mask (B, N) is False, so that not even a NaN gets out of the padding."""
+    return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0)
+
+
+def compact(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Move each sample's real tokens to the front, in order; returns x, the mask and `expand`'s argument."""
+    order = (~mask).int().argsort(dim=1, stable=True)
+    moved = x.gather(1, order.unsqueeze(-1).expand_as(x))
+    return moved, mask.gather(1, order), order.argsort(dim=1)
+
+
+def expand(x: Tensor, places: Tensor) -> Tensor:
+    """Undo `compact`: put the tokens of x (B, N, D) back in their places (B, N)."""
+    return x.gather(1, places.unsqueeze(-1).expand_as(x))
+
+
+def chunks(x: Tensor, size: int) -> Tensor:
+    """Cut the tokens of x (B, N, K) into G chunks, the last filled up with zeros: (B, G, size, K)."""
+    batch, tokens, channels = x.shape
+    # Two helps for torch.export with a dynamic N. Not written as -tokens % size: the new length can be seen to be
+    # a multiple. And one chunk too many: their number can be seen not to be 1, which would be broadcast.
+    count = (tokens + (2 * size if torch.compiler.is_compiling() else size) - 1) // size
+    return F.pad(x, (0, 0, 0, count * size - tokens)).view(batch, count, size, channels)
+
+
+def unchunk(x: Tensor, tokens: int) -> Tensor:
+    """Undo `chunks`: (B, G, size, K) to (B, N, K)."""
+    x = x.flatten(1, 2)
+    if torch.compiler.is_compiling():  # torch.export cannot prove that N is no more than G * size
+        return x.index_select(1, torch.arange(tokens, device=x.device))
+    return x[:, :tokens]
+
+
+def split_heads(x: Tensor, heads: int, dim: int = -1) -> Tensor:
+    """Split dimension `dim` of x, (heads * R), into two: (heads, R)."""
+    shape = list(x.shape)
+    dim %= x.dim()
+    return x.view(*shape[:dim], heads, shape[dim] // heads, *shape[dim + 1 :])
+
+
+def at_least_float(x: Tensor) -> Tensor:
+    """Return x in float32 if it is of lower precision; float64 stays as it is, for gradcheck."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def factor(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Best approximation of left @ right, (H, m, K) and (H, K, n), through a smaller K: a truncated SVD a head.
+
+    Returns (H, m, R) and (H, R, n) with R = min(rank, K); the singular values are shared evenly. Nothing is
+    changed where nothing has to be cut.
+    """
+    if rank >= left.shape[-1]:
+        return left, right
+    # QR first: the SVD is then of K by K matrices, not of D by D ones.
+    ql, rl = torch.linalg.qr(left.double())
+    qr, rr = torch.linalg.qr(right.double().mT)
+    u, s, vh = torch.linalg.svd(rl @ rr.mT)
+    root = s[..., :rank].sqrt()
+    a = ql @ u[..., :rank] * root.unsqueeze(-2)
+    b = root.unsqueeze(-1) * vh[..., :rank, :] @ qr.mT
+    return a.to(left.dtype), b.to(right.dtype)
+
+
+def inherit_values(view: AttentionView, value: Tensor, readout: torch.nn.Linear) -> None:
+    """Start the value projection (H, R, D) and a readout over [heads (H*R), rest] from the teacher, in place.
+
+    The product of a head's value and output projection is kept as well as R allows. The value bias goes into the
+    readout's: each row of an attention map sums to 1, so both are the same. The rest starts at zero.
+    """
+    heads, rank, _ = value.shape
+    v = split_heads(view.v_weight, heads, 0)
+    out = split_heads(view.out_weight, heads).transpose(0, 1)
+    out, v = factor(out, v, rank)
+    kept = v.shape[1]
+    value[:, :kept] = v
+    readout.weight.zero_()
+    mixed = split_heads(readout.weight[:, : heads * rank], heads)
+    mixed[:, :, :kept] = out.transpose(0, 1)
+    assert readout.bias is not None
+    readout.bias.copy_(view.out_bias + view.out_weight @ view.v_bias)

@@ -1,0 +1,130 @@
+"""A true evaluation of a plan: stitch the student together, measure its loss and its latency."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+from mixerzoo.hosts import Replacement, Teacher, assemble, count_params
+from mixerzoo.latency import REFERENCE, Stopwatch
+from mixerzoo.plan import Candidate, Plan
+from mixerzoo.score import Judge
+from mixerzoo.student import make_replacement
+from mixerzoo_search.additive import AdditiveModel
+from mixerzoo_search.candidates import CandidateLibrary
+
+TRIAL_ROUNDS = 9
+CACHED_MODULES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanResult:
+    """What is known of a plan after a true evaluation.
+
+    Attributes:
+        plan: the plan.
+        loss: against the teacher, on the validation images.
+        agreement: share of the teacher's answers, in [0, 1].
+        accuracy: share of right answers, or None.
+        latency_ms: measured, on the scale of the teacher's latency at the start of the run.
+        predicted_ms: by the additive model.
+        predicted_loss: likewise.
+        params: parameters of the student.
+        source: `exact`, `sampler`, `refit` or `finetuned`.
+    """
+
+    plan: Plan
+    loss: float
+    agreement: float
+    accuracy: float | None
+    latency_ms: float
+    predicted_ms: float
+    predicted_loss: float
+    params: int
+    source: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-ready data."""
+        return asdict(self) | {"plan": self.plan.to_json()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> PlanResult:
+        """Rebuild a result."""
+        return cls(**{**data, "plan": Plan.from_json(data["plan"])})
+
+
+class Evaluator:
+    """Evaluates plans of one teacher with the candidates of its library."""
+
+    def __init__(
+        self,
+        library: CandidateLibrary,
+        judge: Judge,
+        stopwatch: Stopwatch,
+        *,
+        base_ms: float,
+        steps: int,
+    ) -> None:
+        self.library = library
+        self.teacher: Teacher = library.teacher
+        self.judge = judge
+        self.stopwatch = stopwatch
+        self.base_ms = base_ms
+        self.steps = steps
+        self._module: Callable[[str, Candidate], Replacement] = lru_cache(CACHED_MODULES)(self._load)
+
+    def _load(self, site_name: str, candidate: Candidate) -> Replacement:
+        site = self.teacher.site(site_name)
+        entry = self.library.best(site, candidate, self.steps)
+        assert entry is not None, f"{candidate} at {site_name} is not in the library"
+        return make_replacement(candidate, site, self.library.state(entry))
+
+    def modules(self, plan: Plan, *, fresh: bool = False) -> dict[str, Replacement]:
+        """Return the plan's replacements; `fresh` ones may be changed by the caller."""
+        load = self._load if fresh else self._module
+        return {site: load(site, candidate) for site, candidate in plan.choices if not candidate.is_keep}
+
+    def score(self, site_name: str, candidate: Candidate) -> float:
+        """Return the loss of the teacher with that one site replaced."""
+        return self.judge.evaluate_modules({site_name: self._load(site_name, candidate)}).loss
+
+    def latency(self, students: Mapping[str, nn.Module], *, rounds: int = TRIAL_ROUNDS) -> dict[str, float]:
+        """Return the students' latencies in ms: their ratio to the teacher times its latency in this run."""
+        timings = self.stopwatch.time(students, rounds=rounds)
+        return {name: self.base_ms * t.ratio for name, t in timings.items() if name != REFERENCE}
+
+    def evaluate(self, plan: Plan, model: AdditiveModel, *, source: str) -> PlanResult:
+        """Stitch, judge and time the plan's student."""
+        modules = self.modules(plan)
+        first = min((self.teacher.site(name).stage for name in modules), default=0)
+        return self.evaluate_student(
+            plan, assemble(self.teacher.model, modules), model, source=source, first=first
+        )
+
+    def evaluate_student(
+        self,
+        plan: Plan,
+        student: nn.Module,
+        model: AdditiveModel,
+        *,
+        source: str,
+        first: int = 0,
+        rounds: int = TRIAL_ROUNDS,
+    ) -> PlanResult:
+        """Judge and time a student; its stages before `first` are the teacher's."""
+        judged = self.judge.evaluate(student, first=first)
+        return PlanResult(
+            plan=plan,
+            loss=judged.loss,
+            agreement=judged.agreement,
+            accuracy=judged.accuracy,
+            latency_ms=self.latency({"student": student}, rounds=rounds)["student"],
+            predicted_ms=model.predict_ms(plan),
+            predicted_loss=model.predict_loss(plan),
+            params=count_params(student),
+            source=source,
+        )

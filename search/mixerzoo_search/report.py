@@ -1,0 +1,135 @@
+"""The report of a search and the profile of a teacher: what they hold, and their two files each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """The teacher's figures: `latency_ms`, `accuracy` as a fraction (None without labels), `params`."""
+
+    name: str
+    latency_ms: float
+    accuracy: float | None
+    params: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRow:
+    """One student that was measured.
+
+    Attributes:
+        plan: site -> candidate, as written in a plan.
+        short_name: nickname of the plan.
+        loss: against the teacher.
+        agreement: share of samples on which it says what the teacher says, None where that has no meaning.
+        accuracy: as a fraction; None without labels.
+        latency_ms: measured.
+        predicted_ms: by the additive model, None if it made no prediction.
+        predicted_loss: by the additive model, None if it made no prediction.
+        params: number of parameters.
+        source: what proposed or made it: `exact`, `sampler`, `refit`, `finetuned`, ...
+        feasible: whether it meets the budget.
+        on_frontier: whether no other student is both faster and more faithful.
+    """
+
+    plan: Mapping[str, str]
+    short_name: str
+    loss: float
+    agreement: float | None
+    accuracy: float | None
+    latency_ms: float
+    predicted_ms: float | None
+    predicted_loss: float | None
+    params: int
+    source: str
+    feasible: bool
+    on_frontier: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteRow:
+    """One site: its statistics (see mixerzoo.statistics) and, in a profile, its latency in ms."""
+
+    name: str
+    kind: str
+    statistics: Mapping[str, float] = field(default_factory=dict)
+    candidates: Sequence[str] = ()
+    latency_ms: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything that the report of a search shows; plain data.
+
+    Attributes:
+        title: heading.
+        teacher: the teacher.
+        budget_ms: latency budget.
+        evaluations: every student that was measured.
+        best: the winner, None if nothing was evaluated.
+        exact_line: (ms, predicted loss) of the additive model's exact frontier.
+        sites: in forward order.
+        mixers: mixer -> its letter in short names.
+        latency_model: `mape` and `max_error` as fractions, `spearman`, `plans`.
+        score_model: `spearman`, `plans`.
+        wall_s: phase -> seconds; `total` is shown apart.
+        environment: what it ran on.
+        command: the command line that made it.
+    """
+
+    title: str
+    teacher: Teacher
+    budget_ms: float
+    evaluations: Sequence[EvaluationRow]
+    best: EvaluationRow | None
+    exact_line: Sequence[tuple[float, float]] = ()
+    sites: Sequence[SiteRow] = ()
+    mixers: Mapping[str, str] = field(default_factory=dict)
+    latency_model: Mapping[str, float] = field(default_factory=dict)
+    score_model: Mapping[str, float] = field(default_factory=dict)
+    wall_s: Mapping[str, float] = field(default_factory=dict)
+    environment: Mapping[str, object] = field(default_factory=dict)
+    command: str = ""
+
+    @property
+    def met(self) -> bool:
+        """Whether the winner meets the budget."""
+        return self.best is not None and self.best.feasible
+
+    def frontier(self) -> list[EvaluationRow]:
+        """Return the students on the frontier, fastest first."""
+        return sorted((row for row in self.evaluations if row.on_frontier), key=lambda row: row.latency_ms)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What `mixerzoo profile` shows: the teacher and each of its sites, with statistics and latency."""
+
+    teacher: Teacher
+    sites: Sequence[SiteRow]
+    environment: Mapping[str, object] = field(default_factory=dict)
+    command: str = ""
+
+
+def write_report(run_dir: Path, report: Report) -> None:
+    """Write `report.html` (one file, opens offline) and `report.png` into a run directory."""
+    from mixerzoo.files import write_bytes, write_text
+    from mixerzoo_search.page import report_page
+    from mixerzoo_search.pictures import report_picture
+
+    write_text(run_dir / "report.html", report_page(report))
+    write_bytes(run_dir / "report.png", report_picture(report))
+
+
+def write_profile(path_html: Path, path_png: Path, profile: Profile) -> None:
+    """Write the attention statistics and the latency of every site as a page and as a picture."""
+    from mixerzoo.files import write_bytes, write_text
+    from mixerzoo_search.page import profile_page
+    from mixerzoo_search.pictures import profile_picture
+
+    write_text(path_html, profile_page(profile))
+    write_bytes(path_png, profile_picture(profile))

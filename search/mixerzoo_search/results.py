@@ -1,0 +1,153 @@
+"""What a finished search tells people: the rows of its report, the model card, the lines on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mixerzoo.data import Dataset
+from mixerzoo.hosts import Teacher
+from mixerzoo.plan import Plan
+from mixerzoo.registry import get_registry
+from mixerzoo_search import report
+from mixerzoo_search.candidates import Candidates
+from mixerzoo_search.evaluate import PlanResult
+
+
+def make_report(
+    *,
+    summary: Mapping[str, Any],
+    teacher: Teacher,
+    data: Dataset,
+    results: Sequence[PlanResult],
+    best: PlanResult | None,
+    frontier: Sequence[PlanResult],
+    line: Sequence[tuple[float, float]],
+    statistics: Mapping[str, Mapping[str, float]],
+    candidates: Candidates,
+    budget_ms: float,
+    command: str,
+) -> report.Report:
+    """Gather what the report shows; see `summarize` for the arguments."""
+    letters = {spec.name: spec.letter for spec in get_registry().mixers}
+
+    def row(result: PlanResult) -> report.EvaluationRow:
+        return report.EvaluationRow(
+            plan=result.plan.to_json(),
+            short_name=result.plan.short_name(teacher.sites, letters),
+            loss=result.loss,
+            agreement=result.agreement,
+            accuracy=result.accuracy,
+            latency_ms=result.latency_ms,
+            predicted_ms=result.predicted_ms,
+            predicted_loss=result.predicted_loss,
+            params=result.params,
+            source=result.source,
+            feasible=result.latency_ms <= budget_ms,
+            on_frontier=result in frontier,
+        )
+
+    used = {candidate.mixer for row_ in candidates.values() for candidate in row_}
+    return report.Report(
+        title=f"{teacher.name} on {data.name}",
+        teacher=report.Teacher(
+            name=teacher.name,
+            latency_ms=summary["teacher"]["latency_ms"],
+            accuracy=summary["teacher"]["accuracy"],
+            params=teacher.params,
+        ),
+        budget_ms=budget_ms,
+        evaluations=[row(result) for result in results],
+        best=None if best is None else row(best),
+        exact_line=list(line),
+        sites=[
+            report.SiteRow(
+                name=site.name,
+                kind=site.kind,
+                statistics=statistics[site.name],
+                candidates=[str(candidate) for candidate in candidates[site.name]],
+            )
+            for site in teacher.sites
+        ],
+        mixers={name: letter for name, letter in letters.items() if name in used},
+        latency_model=summary["latency_model"],
+        score_model=summary["score_model"],
+        wall_s=summary["wall_s"],
+        environment=summary["environment"],
+        command=command,
+    )
+
+
+def model_card(summary: Mapping[str, Any], teacher: Teacher, data: Dataset) -> str:
+    """Return the README.md of `best/`."""
+    best, base, env = summary["best"], summary["teacher"], summary["environment"]
+    letters = {spec.name: spec.letter for spec in get_registry().mixers}
+    short = Plan.from_json(best["plan"]).short_name(teacher.sites, letters)
+    rows = [f"| `{site}` | `{candidate}` |" for site, candidate in best["plan"].items()]
+    figures = [
+        ("latency, ms", f"{base['latency_ms']:.3g}", f"{best['latency_ms']:.3g}"),
+        ("parameters", f"{base['params']:,}", f"{best['params']:,}"),
+        ("accuracy", _percent(base["accuracy"]), _percent(best["accuracy"])),
+        ("agreement with the teacher", "", _percent(best["agreement"])),
+        ("loss against the teacher", "", f"{best['loss']:.4g}"),
+    ]
+    return "\n".join(
+        [
+            f"# {teacher.name}, {short}",
+            "",
+            f"A student of `{teacher.name}`, found by mixerzoo for a budget of {summary['budget_ms']:.3g} ms "
+            f"and distilled on `{Path(data.name).name}`.",
+            "",
+            "| | teacher | student |",
+            "|---|---|---|",
+            *(f"| {name} | {before} | {after} |" for name, before, after in figures),
+            "",
+            f"Latency: median at batch size {env['batch_size']}, {env['threads']} threads, {env['dtype']}, "
+            f"{env['device']} ({env['device_name']}), runtime {env['runtime']}. Accuracy, agreement and loss on "
+            "images that nothing was chosen or trained on.",
+            "",
+            "```python",
+            "import mixerzoo",
+            "",
+            'student = mixerzoo.load("best")  # this folder; images (B, C, H, W) to the teacher\'s kind of output',
+            "```",
+            "",
+            "| site | candidate |",
+            "|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def closing_lines(summary: Mapping[str, Any], path: Path, tracking_uri: str) -> list[str]:
+    """Return what the command line prints at the end: the figures, then where everything is."""
+    base, best = summary["teacher"], summary["best"]
+    if best is None:
+        return [
+            f"no plan met {summary['budget_ms']:.3g} ms when measured again; run the same command with more --trials",
+            f"report   {path / 'report.html'}",
+        ]
+    share = best["latency_ms"] / base["latency_ms"]
+    lines = [
+        f"latency    {base['latency_ms']:.2f} ms -> {best['latency_ms']:.2f} ms ({share:.0%} of the teacher; "
+        f"budget {summary['budget_ms']:.2f} ms)",
+    ]
+    if best["accuracy"] is not None:
+        lines.append(f"accuracy   {base['accuracy']:.2%} -> {best['accuracy']:.2%} on test images")
+    lines += [
+        f"agreement  {best['agreement']:.2%} with the teacher",
+        f"parameters {base['params']:,} -> {best['params']:,}",
+        f"searched   {summary['evaluations']} students in {summary['wall_s']['total']:.0f} s; "
+        f"{len(summary['pareto'])} on the frontier",
+        "",
+        f"student    {path / 'best'}   (mixerzoo.load)",
+        f"report     {path / 'report.html'}",
+        f"compare    mixerzoo ui --tracking-uri {tracking_uri}",
+    ]
+    return lines
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2%}"

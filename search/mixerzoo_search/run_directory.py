@@ -1,0 +1,92 @@
+"""A run directory: one search, all that it finished, and nothing half-written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mixerzoo.errors import MixerzooError
+from mixerzoo.files import read_json, write_json
+
+RUN_FILE = "run.json"
+PHASES_FILE = "phases.json"
+PHASES = ("capture", "distill", "latency", "score", "exact", "study", "finetune")
+
+
+class RunDirectory:
+    """`runs/<name>/`: results of phases as JSON, each written whole when the phase (or its part) is done."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def check(self, identity: Mapping[str, Any]) -> bool:
+        """Return whether a search of this identity has begun here; writes nothing.
+
+        Args:
+            identity: what must be the same for a search to go on.
+
+        Raises:
+            MixerzooError: if the directory holds another search, or something else.
+        """
+        if not (self.path / RUN_FILE).exists():
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise MixerzooError(f"run directory '{self.path}' holds something else; give another --out")
+            return False
+        there = self.record().get("identity")
+        if not isinstance(there, dict):
+            raise MixerzooError(f"'{self.path / RUN_FILE}': not a run of mixerzoo; give another --out")
+        for name in [*identity, *there]:
+            if there.get(name) != identity.get(name):
+                raise MixerzooError(
+                    f"run directory '{self.path}' holds another search ({name} is {_short(there.get(name))} "
+                    f"there, {_short(identity.get(name))} here); give another --out"
+                )
+        return True
+
+    def start(self, identity: Mapping[str, Any], **record: Any) -> None:
+        """Begin a search here: write `run.json`."""
+        write_json(self.path / RUN_FILE, {"identity": dict(identity), **record})
+
+    def note(self, **record: Any) -> None:
+        """Add to `run.json`."""
+        write_json(self.path / RUN_FILE, read_json(self.path / RUN_FILE) | record)
+
+    def record(self) -> dict[str, Any]:
+        """Return the content of `run.json`."""
+        content: dict[str, Any] = read_json(self.path / RUN_FILE)
+        return content
+
+    def load(self, name: str) -> Any:
+        """Return the content of `<name>.json`, or None if that part was never finished."""
+        path = self.path / f"{name}.json"
+        return read_json(path) if path.exists() else None
+
+    def store(self, name: str, content: Any) -> None:
+        """Write `<name>.json`."""
+        write_json(self.path / f"{name}.json", content)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the time of the block to the phase's; what was spent before a resume counts too."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = self.wall_s()
+            spent[phase] = spent.get(phase, 0.0) + time.perf_counter() - began
+            write_json(self.path / PHASES_FILE, spent)
+
+    def wall_s(self) -> dict[str, float]:
+        """Return phase -> seconds spent so far, over all starts."""
+        if not (self.path / PHASES_FILE).exists():
+            return dict.fromkeys(PHASES, 0.0)
+        content: dict[str, float] = read_json(self.path / PHASES_FILE)
+        return content
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,119 @@
+"""What the user asks of a search: the arguments, checked, and the budget as people say it."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mixerzoo.errors import MixerzooError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """A latency budget: milliseconds, or a share of the teacher's latency. Exactly one is given."""
+
+    ms: float | None = None
+    share: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Read `60%` or `5ms` (or a plain number of milliseconds).
+
+        Raises:
+            MixerzooError: for anything that is not a positive number, or a share of 100 % or more.
+        """
+        match = re.fullmatch(r"\s*(\S+?)\s*(%|ms)?\s*", text)
+        try:
+            value = float(match.group(1)) if match else math.nan
+        except ValueError:
+            value = math.nan
+        unit = match.group(2) if match else None
+        if not math.isfinite(value) or value <= 0:
+            raise MixerzooError(f"budget '{text}': give a positive number, such as 5ms or 60%")
+        if unit != "%":
+            return cls(ms=value)
+        if value >= 100:
+            raise MixerzooError(f"budget '{text}': the teacher itself takes 100%; give less, such as 60%")
+        return cls(share=value / 100)
+
+    @property
+    def label(self) -> str:
+        """Short text for file names and tables, such as `5ms` or `60%`."""
+        return f"{self.ms:g}ms" if self.share is None else f"{self.share * 100:g}%"
+
+    def in_ms(self, teacher_ms: float) -> float:
+        """Return the budget in ms for a teacher of that latency."""
+        return self.ms if self.ms is not None else (self.share or 0.0) * teacher_ms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The arguments of a search.
+
+    Attributes:
+        model: name of the teacher.
+        checkpoint: its weights, or None for its own.
+        data: what `--data` says.
+        budget: latency budget.
+        mixers: names to choose from; empty for all.
+        widths: widths to choose from; empty for all.
+        trials: true evaluations of stitched students.
+        minutes: most minutes of those evaluations, or None.
+        images: most images to distil on.
+        distill_steps: gradient steps of a promising candidate after the closed form.
+        finetune_minutes: global distillation of the best plans, in all.
+        batch_size: at which latency is measured.
+        threads: likewise.
+        device: likewise.
+        dtype: likewise.
+        runtime: likewise.
+        seed: of everything random.
+        prior: `sparsity`, `uniform` or `shuffled` (the last two are for ablations).
+    """
+
+    model: str
+    data: str
+    budget: Budget
+    checkpoint: Path | None = None
+    mixers: tuple[str, ...] = ()
+    widths: tuple[float, ...] = ()
+    trials: int = 48
+    minutes: float | None = None
+    images: int = 512
+    distill_steps: int = 60
+    finetune_minutes: float = 1.0
+    batch_size: int = 1
+    threads: int = 2
+    device: str = "cpu"
+    dtype: str = "float32"
+    runtime: str = "eager"
+    seed: int = 0
+    prior: str = "sparsity"
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("trials", 1),
+            ("images", 20),
+            ("batch_size", 1),
+            ("threads", 1),
+            ("distill_steps", 0),
+        ):
+            if getattr(self, name) < least:
+                flag = name.replace("_", "-")
+                raise MixerzooError(f"--{flag} {getattr(self, name)}: give at least {least}")
+        if self.minutes is not None and not self.minutes > 0:
+            raise MixerzooError(f"--minutes {self.minutes:g}: give a positive number")
+        if not 0 <= self.finetune_minutes < math.inf:
+            raise MixerzooError(f"--finetune-minutes {self.finetune_minutes:g}: give 0 or more")
+
+    def identity(self) -> dict[str, Any]:
+        """Return the arguments that make a search what it is; more trials or minutes only make it longer."""
+        content = asdict(self)
+        content["budget"] = self.budget.label
+        content["checkpoint"] = None if self.checkpoint is None else str(self.checkpoint)
+        for longer in ("trials", "minutes"):
+            del content[longer]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in content.items()}
