@@ -48,7 +48,7 @@ class Entry:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Entry:
         """Rebuild an entry."""
-        absent = {"nmse": math.inf, "nmse_start": math.nan, "nmse_solved": math.nan}
+        absent: dict[str, Any] = {"nmse": math.inf, "nmse_start": math.nan, "nmse_solved": math.nan}
         return cls(**{name: absent.get(name) if value is None else value for name, value in data.items()})
 
 
@@ -80,6 +80,7 @@ class Library:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.damaged: list[str] = []
+        self._whole: set[str] = set()  # keys whose files matched their checksum in this process
         self._entries: dict[str, Entry] = {}
         if (folder / INDEX).exists():
             content = read_json(folder / INDEX)
@@ -94,12 +95,13 @@ class Library:
     def get(self, key: str) -> Entry | None:
         """Return the entry under `key` if its file is whole."""
         entry = self._entries.get(key)
-        if entry is None or entry.failed:
+        if entry is None or entry.failed or key in self._whole:
             return entry
         if self._content(entry) is None:
             self.damaged.append(f"{entry.site} {entry.candidate} ({self._path(key)})")
             del self._entries[key]
             return None
+        self._whole.add(key)
         return entry
 
     def put(self, key: str, site: Site, candidate: Candidate, result: Distilled) -> Entry:
@@ -120,6 +122,7 @@ class Library:
         if not entry.failed:
             entry = replace(entry, sha256=write_tensors(self._path(key), result.state))
         self._entries[key] = entry
+        self._whole.add(key)
         write_json(self.folder / INDEX, {key: entry.to_json() for key, entry in self._entries.items()})
         return entry
 
@@ -132,7 +135,8 @@ class Library:
         content = self._content(self._entries[key])
         if content is None:
             raise MixerzooError(f"library file '{self._path(key)}' is damaged; run the same command again")
-        return load_tensors(content)
+        weights: dict[str, torch.Tensor] = load_tensors(content)
+        return weights
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"

@@ -170,8 +170,9 @@ class TimmVitHost:
 
     def attention_maps(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """Return softmax(q k^T / sqrt(K)), (B, H, N, N), with the module's own q and k norms."""
+        m: Any = module
         q, k, _ = _qkv(module, x)
-        return (q * module.scale @ k.transpose(-2, -1)).softmax(-1)
+        return (q * m.scale @ k.transpose(-2, -1)).softmax(-1)
 
     def hidden_units(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """Return act(fc1(x)), (B, N, hidden)."""

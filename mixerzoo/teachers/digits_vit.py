@@ -28,11 +28,12 @@ def build() -> nn.Module:
     guard_torchvision()
     from timm.models.vision_transformer import VisionTransformer
 
-    model: nn.Module = VisionTransformer(
+    model: Any = VisionTransformer(
         img_size=32, patch_size=2, in_chans=1, num_classes=10, embed_dim=96, depth=8, num_heads=3
     )
     model.pretrained_cfg = dict(PRETRAINED_CFG)
-    return model
+    built: nn.Module = model
+    return built
 
 
 def load() -> nn.Module:

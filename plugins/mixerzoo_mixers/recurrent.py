@@ -96,9 +96,11 @@ class MultiheadLstm(nn.Module):
 
 
 def inherit_lstm(mixer: MultiheadLstm, view: AttentionView) -> None:
-    """Start with the teacher's values as input and with its output projection."""
-    mixer.pre_proj.weight.copy_(view.v_weight)
-    mixer.pre_proj.bias.copy_(view.v_bias)
+    """Take over the teacher's output projection, as FAR does.
+
+    Not its values for W_pre: measured on four layers of the embedded teacher, that left the mixer worse after its
+    readout was solved than a random start (NMSE .27 to .36 instead of .22 to .30 in the middle one).
+    """
     mixer.post_proj.weight.copy_(view.out_weight)
     mixer.post_proj.bias.copy_(view.out_bias)
 

@@ -49,7 +49,7 @@ def search(
     from mixerzoo.errors import MixerzooError
     from mixerzoo.hosts import adopt_teacher, open_teacher
     from mixerzoo.progress import Reporter
-    from mixerzoo_search.pipeline import Pipeline
+    from mixerzoo_search.pipeline import run_search
     from mixerzoo_search.run_directory import RunDirectory
     from mixerzoo_search.settings import Budget, Settings
 
@@ -60,7 +60,7 @@ def search(
     asked = Settings(model=name, data=str(data), budget=limit, **settings)
     teacher = open_teacher(model, asked.checkpoint) if isinstance(model, str) else adopt_teacher(model)
     path = Path(out) if out is not None else Path("runs") / f"{name.replace('/', '-')}-{limit.label}"
-    pipeline = Pipeline(
+    return run_search(
         asked,
         teacher,
         open_data(asked.data),
@@ -69,4 +69,3 @@ def search(
         storage=storage,
         tracking_uri=tracking_uri,
     )
-    return pipeline.run()

@@ -67,30 +67,27 @@ class Evaluator:
         stopwatch: Stopwatch,
         *,
         base_ms: float,
-        steps: int,
     ) -> None:
         self.library = library
         self.teacher: Teacher = library.teacher
         self.judge = judge
         self.stopwatch = stopwatch
         self.base_ms = base_ms
-        self.steps = steps
         self._module: Callable[[str, Candidate], Replacement] = lru_cache(CACHED_MODULES)(self._load)
 
-    def _load(self, site_name: str, candidate: Candidate) -> Replacement:
-        site = self.teacher.site(site_name)
-        entry = self.library.best(site, candidate, self.steps)
-        assert entry is not None, f"{candidate} at {site_name} is not in the library"
-        return make_replacement(candidate, site, self.library.state(entry))
+    def _load(self, site: str, candidate: Candidate) -> Replacement:
+        entry = self.library.best(site, candidate)
+        assert entry is not None, f"{candidate} at {site} is not in the library"
+        return make_replacement(candidate, self.teacher.site(site), self.library.state(entry))
 
     def modules(self, plan: Plan, *, fresh: bool = False) -> dict[str, Replacement]:
         """Return the plan's replacements; `fresh` ones may be changed by the caller."""
         load = self._load if fresh else self._module
         return {site: load(site, candidate) for site, candidate in plan.choices if not candidate.is_keep}
 
-    def score(self, site_name: str, candidate: Candidate) -> float:
+    def score(self, site: str, candidate: Candidate) -> float:
         """Return the loss of the teacher with that one site replaced."""
-        return self.judge.evaluate_modules({site_name: self._load(site_name, candidate)}).loss
+        return self.judge.evaluate_modules({site: self._load(site, candidate)}).loss
 
     def latency(self, students: Mapping[str, nn.Module], *, rounds: int = TRIAL_ROUNDS) -> dict[str, float]:
         """Return the students' latencies in ms: their ratio to the teacher times its latency in this run."""

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from mixerzoo.files import read_json, write_json
@@ -15,13 +14,18 @@ from mixerzoo.hosts import assemble
 from mixerzoo.refit import refit
 from mixerzoo.student import Student, load_student, save_student
 from mixerzoo_search.additive import AdditiveModel
-from mixerzoo_search.evaluate import Evaluator, PlanResult
+from mixerzoo_search.context import Context
+from mixerzoo_search.evaluate import PlanResult
 
 REFITTED = 3  # plans that are refitted
 TUNED = 2  # of these, how many are distilled as a whole
 MEASURED = 8  # plans that are measured again to find those
 FINAL_ROUNDS = 25
-REFIT_ROWS = 65_536  # tokens that a readout is solved on: more no longer change it
+REFIT_TOKENS = 65_536  # tokens that a readout is solved on: more no longer change it
+STRICTER = (
+    0.97  # where every finalist misses the budget when measured again, the next ones must be this faster
+)
+ATTEMPTS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,91 +36,136 @@ class Finalist:
     student: nn.Module
 
 
-def finalists(
-    results: Sequence[PlanResult], evaluator: Evaluator, *, budget_ms: float, most: int
-) -> list[PlanResult]:
-    """Return up to `most` plans of lowest loss that meet the budget in a second, longer measurement."""
-    ranked = sorted((r for r in results if r.latency_ms <= budget_ms), key=lambda r: r.loss)[:MEASURED]
-    if not ranked:
-        return []
-    students = {r.plan.key: assemble(evaluator.teacher.model, evaluator.modules(r.plan)) for r in ranked}
-    again = evaluator.latency(students, rounds=FINAL_ROUNDS)
-    confirmed = [replace(r, latency_ms=again[r.plan.key]) for r in ranked]
-    return [r for r in confirmed if r.latency_ms <= budget_ms][:most]
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The winner, or None if no plan met the budget when measured again, and all results on the way."""
+
+    best: Finalist | None
+    results: list[PlanResult]
 
 
-def refit_plan(
-    result: PlanResult, evaluator: Evaluator, batches: Sequence[torch.Tensor], model: AdditiveModel
-) -> Finalist:
+def finish(context: Context, results: Sequence[PlanResult], model: AdditiveModel) -> Outcome:
+    """Refit and distil the best plans, and choose the winner by its loss after that.
+
+    The winner is measured again, beside the teacher. If it misses the budget, the next best is taken; if all
+    do, further plans that are a little faster have their turn.
+    """
+    made: dict[str, PlanResult] = {}
+    limit = context.budget_ms
+    for _ in range(ATTEMPTS):
+        chosen = _finalists(context, results, limit)
+        ready = [_refitted(context, result, model) for result in chosen]
+        ready.sort(key=lambda finalist: finalist.result.loss)
+        if context.settings.finetune_minutes:
+            tuned = ready[:TUNED]
+            seconds = 60 * context.settings.finetune_minutes / max(len(tuned), 1)
+            with context.reporter.phase("distillation as a whole", len(tuned)) as report:
+                for number, finalist in enumerate(tuned):
+
+                    def on_progress(share: float, number: int = number) -> None:
+                        report(number + share)
+
+                    ready.append(_finetuned(context, finalist, model, seconds, on_progress))
+        made |= {f"{f.result.plan.key} {f.result.source}": f.result for f in ready}
+        best = _choose(context, ready)
+        if best is not None or not chosen:
+            break
+        limit *= STRICTER
+    extra = [result for result in made.values() if result.source in ("refit", "finetuned")]
+    return Outcome(best=best, results=extra)
+
+
+def _finalists(context: Context, results: Sequence[PlanResult], limit_ms: float) -> list[PlanResult]:
+    """Return the plans of lowest loss that stay within the limit in a second, longer measurement.
+
+    Decided once for a number of results and a limit, so that a resumed search takes the same.
+    """
+    stored: dict[str, list[dict[str, object]]] = context.run.load("finalists") or {}
+    key = f"{len(results)} {limit_ms:.6g}"
+    if key not in stored:
+        ranked = sorted((r for r in results if r.latency_ms <= limit_ms), key=lambda r: r.loss)[:MEASURED]
+        evaluator = context.evaluator
+        students = {r.plan.key: assemble(context.teacher.model, evaluator.modules(r.plan)) for r in ranked}
+        again = evaluator.latency(students, rounds=FINAL_ROUNDS) if students else {}
+        confirmed = [replace(r, latency_ms=again[r.plan.key]) for r in ranked]
+        stored[key] = [r.to_json() for r in confirmed if r.latency_ms <= limit_ms][:REFITTED]
+        context.run.store("finalists", stored)
+    return [PlanResult.from_json(row) for row in stored[key]]
+
+
+def _refitted(context: Context, result: PlanResult, model: AdditiveModel) -> Finalist:
     """Stitch the plan's student afresh and refit it on its own activations; keep whichever is better."""
+    folder = context.run.path / "finalists" / f"{result.plan.key}-refit"
+    finished = _load(context, folder)
+    if finished is not None:
+        return finished
+    teacher, evaluator = context.teacher, context.evaluator
     modules = evaluator.modules(result.plan, fresh=True)
     mixers = {site: candidate.mixer for site, candidate in result.plan.choices}
-    refit(evaluator.teacher, modules, mixers, batches)
-    student = assemble(evaluator.teacher.model, modules)
-    refitted = evaluator.evaluate_student(result.plan, student, model, source="refit")
-    if refitted.loss <= result.loss:
-        return Finalist(result=refitted, student=student)
-    return Finalist(result=result, student=assemble(evaluator.teacher.model, evaluator.modules(result.plan)))
+    batches = context.calibration_batches
+    enough = max(2, -(-REFIT_TOKENS // (teacher.sites[0].tokens * len(batches[0]))))
+    with context.reporter.phase("sequential refit", len(teacher.sites)) as report:
+        refit(teacher, modules, mixers, batches[:enough], on_site=report)
+    student = assemble(teacher.model, modules)
+    finalist = Finalist(
+        result=evaluator.evaluate_student(result.plan, student, model, source="refit"), student=student
+    )
+    if finalist.result.loss > result.loss:
+        finalist = Finalist(result=result, student=assemble(teacher.model, evaluator.modules(result.plan)))
+    _save(context, folder, finalist)
+    return finalist
 
 
-def finetune_plan(
+def _finetuned(
+    context: Context,
     finalist: Finalist,
-    evaluator: Evaluator,
-    batches: Sequence[torch.Tensor],
     model: AdditiveModel,
-    *,
     seconds: float,
-    seed: int,
     on_progress: Callable[[float], None],
 ) -> Finalist:
-    """Distil the student as a whole for a while."""
+    """Distil the student as a whole for a while; return it as it was if that did not help."""
+    folder = context.run.path / "finalists" / f"{finalist.result.plan.key}-finetuned"
+    finished = _load(context, folder)
+    if finished is not None:
+        return finished
+    evaluator = context.evaluator
     tuned, loss = finetune(
-        evaluator.teacher,
+        context.teacher,
         finalist.student,
-        batches,
+        context.calibration_batches,
         seconds=seconds,
         evaluate=lambda student: evaluator.judge.evaluate(student).loss,
-        seed=seed,
+        seed=context.settings.seed,
         on_progress=on_progress,
     )
-    if loss >= finalist.result.loss:
-        return finalist
-    result = evaluator.evaluate_student(finalist.result.plan, tuned, model, source="finetuned")
-    return Finalist(result=result, student=tuned)
+    if loss < finalist.result.loss:
+        result = evaluator.evaluate_student(finalist.result.plan, tuned, model, source="finetuned")
+        finalist = Finalist(result=result, student=tuned)
+    _save(context, folder, finalist)
+    return finalist
 
 
-def save_finalist(folder: Path, finalist: Finalist, evaluator: Evaluator) -> None:
+def _save(context: Context, folder: Path, finalist: Finalist) -> None:
     """Write a finalist; `result.json` comes last, so that it only stands for a whole one."""
-    student = Student(plan=finalist.result.plan, model=finalist.student)
-    save_student(folder, student, evaluator.teacher)
+    save_student(folder, Student(plan=finalist.result.plan, model=finalist.student), context.teacher)
     write_json(folder / "result.json", finalist.result.to_json())
 
 
-def load_finalist(folder: Path, evaluator: Evaluator) -> Finalist | None:
-    """Return what `save_finalist` wrote, or None if it was not finished."""
+def _load(context: Context, folder: Path) -> Finalist | None:
     if not (folder / "result.json").exists():
         return None
-    student = load_student(folder, model=assemble(evaluator.teacher.model, {}))
+    student = load_student(folder, model=assemble(context.teacher.model, {}))
     result = PlanResult.from_json(read_json(folder / "result.json"))
     return Finalist(result=result, student=student.model.requires_grad_(False))
 
 
-def choose(
-    candidates: Sequence[Finalist],
-    evaluator: Evaluator,
-    *,
-    budget_ms: float,
-    on_miss: Callable[[PlanResult], None],
-) -> Finalist | None:
-    """Measure the best once more, beside the teacher; if it misses the budget, go on with the next best.
-
-    Returns None if all miss it.
-    """
-    for finalist in sorted(candidates, key=lambda f: f.result.loss):
-        student = {"student": finalist.student}
-        ms = evaluator.latency(student, rounds=FINAL_ROUNDS)["student"]
-        measured = replace(finalist.result, latency_ms=ms)
-        if ms <= budget_ms:
-            return replace(finalist, result=measured)
-        on_miss(measured)
+def _choose(context: Context, ready: Sequence[Finalist]) -> Finalist | None:
+    """Return the best that meets the budget when measured once more, with that latency."""
+    for finalist in sorted(ready, key=lambda f: f.result.loss):
+        times = context.evaluator.latency({"student": finalist.student}, rounds=FINAL_ROUNDS)
+        if times["student"] <= context.budget_ms:
+            return replace(finalist, result=replace(finalist.result, latency_ms=times["student"]))
+        context.reporter.note(
+            f"measured again: {times['student']:.3g} ms, over the budget; the next best is taken"
+        )
     return None

@@ -17,28 +17,7 @@ from numpy.typing import NDArray
 from mixerzoo.plan import KEEP, Candidate
 from mixerzoo_search.fit_quality import spearman
 
-Mixing = Literal["none", "token", "static", "local", "content"]
-
-# How a mixer decides which token sees which. Whatever is not named here is taken to depend on the content.
-_MIXING: Mapping[Mixing, frozenset[str]] = {
-    "none": frozenset({"none", "zero", "identity", "noop"}),
-    "token": frozenset({"linear", "value", "glu_token", "per_token"}),
-    "static": frozenset(
-        {
-            "static",
-            "toeplitz",
-            "fnet",
-            "fourier",
-            "gfnet",
-            "afno",
-            "mlp_mixer",
-            "glu_mlp",
-            "gmlp",
-            "shallow_ffn",
-        }
-    ),
-    "local": frozenset({"pool", "pooling", "conv", "depthwise", "window", "local", "neighbourhood"}),
-}
+Mixing = Literal["none", "token", "static", "content"]  # how a mixer decides which token sees which
 
 # Values of a site whose statistics are missing: the middle of the road.
 _DEFAULTS: Mapping[str, float] = {
@@ -54,11 +33,6 @@ _DEFAULTS: Mapping[str, float] = {
 _FLOOR = 1e-9  # of damages and errors, so that they have a logarithm
 
 
-def mixing_of(mixer: str) -> Mixing:
-    """Return how the named mixer decides which token sees which, as far as its name tells."""
-    return next((mixing for mixing, names in _MIXING.items() if mixer in names), "content")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Clue:
     """What is known about one candidate at one site before the site is replaced in the teacher.
@@ -71,7 +45,7 @@ class Clue:
             relative to the residual stream. Missing or non-finite ones take a middle value.
         nmse: held-out block-local error of the candidate, solved in closed form; None where there is none.
         kind: kind of the site, `attention` or `mlp`.
-        mixing: how the mixer decides which token sees which; read off its name unless given.
+        mixing: how the mixer decides which token sees which.
     """
 
     site: str
@@ -79,7 +53,7 @@ class Clue:
     statistics: Mapping[str, float] = field(default_factory=dict)
     nmse: float | None = None
     kind: str = "attention"
-    mixing: Mixing | None = None
+    mixing: Mixing = "content"
 
     @property
     def key(self) -> tuple[str, Candidate]:
@@ -99,7 +73,7 @@ class Clue:
 
     def _expected_error(self) -> float:
         width = self.candidate.width
-        mixing = self.mixing or mixing_of(self.candidate.mixer)
+        mixing = self.mixing
         if mixing == "none":
             return 1.0
         if self.kind == "mlp":
@@ -113,7 +87,6 @@ class Clue:
         base = {
             "token": 0.5 + 0.5 * dependence,
             "static": dependence,
-            "local": 1.0 - self.statistic("locality") * (1.0 - 0.5 * dependence),
             "content": 0.5 * self.statistic("effective_rank"),
         }[mixing]
         return base * easier / math.sqrt(min(max(width, 0.05), 2.0))
@@ -125,7 +98,7 @@ class Clue:
     def features(self) -> list[float]:
         """Return what the regression corrects the expected damage by."""
         entropy = self.statistic("entropy")
-        mixing = self.mixing or mixing_of(self.candidate.mixer)
+        mixing = self.mixing
         return [
             math.log(max(self.statistic("contribution"), 1e-6)),
             math.log(self.error()),
@@ -136,7 +109,7 @@ class Clue:
             math.log(self.candidate.width),
             float(self.nmse is None),
             float(self.kind == "mlp"),
-            *(float(mixing == name) for name in ("none", "token", "static", "local")),
+            *(float(mixing == name) for name in ("none", "token", "static")),
         ]
 
 

@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mixerzoo.data import Dataset
-from mixerzoo.hosts import Teacher
 from mixerzoo.plan import Plan
-from mixerzoo.registry import get_registry
 from mixerzoo_search import report
-from mixerzoo_search.candidates import Candidates
+from mixerzoo_search.context import Context
 from mixerzoo_search.evaluate import PlanResult
+from mixerzoo_search.summary import frontier_of
+
+if TYPE_CHECKING:
+    from mixerzoo_search.pipeline import Findings
 
 
-def make_report(
-    *,
-    summary: Mapping[str, Any],
-    teacher: Teacher,
-    data: Dataset,
-    results: Sequence[PlanResult],
-    best: PlanResult | None,
-    frontier: Sequence[PlanResult],
-    line: Sequence[tuple[float, float]],
-    statistics: Mapping[str, Mapping[str, float]],
-    candidates: Candidates,
-    budget_ms: float,
-    command: str,
-) -> report.Report:
-    """Gather what the report shows; see `summarize` for the arguments."""
-    letters = {spec.name: spec.letter for spec in get_registry().mixers}
+def make_report(context: Context, findings: Findings, summary: Mapping[str, Any]) -> report.Report:
+    """Gather what the report shows."""
+    teacher, best, results = context.teacher, findings.outcome.best, findings.all_results
+    frontier, statistics = frontier_of(results), context.statistics
+    used = {candidate.mixer for row in findings.candidates.values() for candidate in row}
 
     def row(result: PlanResult) -> report.EvaluationRow:
         return report.EvaluationRow(
             plan=result.plan.to_json(),
-            short_name=result.plan.short_name(teacher.sites, letters),
+            short_name=result.plan.short_name(teacher.sites, context.letters),
             loss=result.loss,
             agreement=result.agreement,
             accuracy=result.accuracy,
@@ -44,46 +34,45 @@ def make_report(
             predicted_loss=result.predicted_loss,
             params=result.params,
             source=result.source,
-            feasible=result.latency_ms <= budget_ms,
+            feasible=result.latency_ms <= context.budget_ms,
             on_frontier=result in frontier,
         )
 
-    used = {candidate.mixer for row_ in candidates.values() for candidate in row_}
     return report.Report(
-        title=f"{teacher.name} on {data.name}",
+        title=f"{teacher.name} on {context.data.name}",
         teacher=report.Teacher(
             name=teacher.name,
             latency_ms=summary["teacher"]["latency_ms"],
             accuracy=summary["teacher"]["accuracy"],
             params=teacher.params,
         ),
-        budget_ms=budget_ms,
+        budget_ms=context.budget_ms,
         evaluations=[row(result) for result in results],
-        best=None if best is None else row(best),
-        exact_line=list(line),
+        best=None if best is None else row(best.result),
+        exact_line=[(solution.ms, solution.loss) for solution in findings.line],
         sites=[
             report.SiteRow(
                 name=site.name,
                 kind=site.kind,
                 statistics=statistics[site.name],
-                candidates=[str(candidate) for candidate in candidates[site.name]],
+                candidates=[str(candidate) for candidate in findings.candidates[site.name]],
             )
             for site in teacher.sites
         ],
-        mixers={name: letter for name, letter in letters.items() if name in used},
+        mixers={name: letter for name, letter in context.letters.items() if name in used},
         latency_model=summary["latency_model"],
         score_model=summary["score_model"],
         wall_s=summary["wall_s"],
         environment=summary["environment"],
-        command=command,
+        command=context.run.record().get("command", ""),
     )
 
 
-def model_card(summary: Mapping[str, Any], teacher: Teacher, data: Dataset) -> str:
+def model_card(context: Context, summary: Mapping[str, Any]) -> str:
     """Return the README.md of `best/`."""
+    teacher = context.teacher
     best, base, env = summary["best"], summary["teacher"], summary["environment"]
-    letters = {spec.name: spec.letter for spec in get_registry().mixers}
-    short = Plan.from_json(best["plan"]).short_name(teacher.sites, letters)
+    short = Plan.from_json(best["plan"]).short_name(teacher.sites, context.letters)
     rows = [f"| `{site}` | `{candidate}` |" for site, candidate in best["plan"].items()]
     figures = [
         ("latency, ms", f"{base['latency_ms']:.3g}", f"{best['latency_ms']:.3g}"),
@@ -97,7 +86,7 @@ def model_card(summary: Mapping[str, Any], teacher: Teacher, data: Dataset) -> s
             f"# {teacher.name}, {short}",
             "",
             f"A student of `{teacher.name}`, found by mixerzoo for a budget of {summary['budget_ms']:.3g} ms "
-            f"and distilled on `{Path(data.name).name}`.",
+            f"and distilled on `{Path(context.data.name).name}`.",
             "",
             "| | teacher | student |",
             "|---|---|---|",

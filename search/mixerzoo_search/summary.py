@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from mixerzoo.hosts import Teacher
+from mixerzoo.latency import environment
 from mixerzoo.score import Evaluation, Judge, output_loss
+from mixerzoo_search.context import Context
 from mixerzoo_search.evaluate import PlanResult
 from mixerzoo_search.fit_quality import spearman
 from mixerzoo_search.pareto import hypervolume, non_dominated
+
+if TYPE_CHECKING:
+    from mixerzoo_search.pipeline import Findings
 
 SCHEMA = 1
 
@@ -45,62 +47,34 @@ def plan_row(result: PlanResult, test: Evaluation | None = None) -> dict[str, An
     }
 
 
-def summarize(
-    *,
-    teacher: Teacher,
-    teacher_ms: float,
-    teacher_test: Evaluation,
-    budget_ms: float,
-    best: PlanResult | None,
-    best_test: Evaluation | None,
-    results: Sequence[PlanResult],
-    worst_loss: float,
-    latency_model: Mapping[str, float],
-    wall_s: Mapping[str, float],
-    environment: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Return the summary.
-
-    Args:
-        teacher: the teacher.
-        teacher_ms: its latency.
-        teacher_test: its figures on the test images.
-        budget_ms: the budget.
-        best: the winner, or None if none met the budget when measured again.
-        best_test: its figures on the test images.
-        results: every true evaluation, on the validation images.
-        worst_loss: of a constant answer; with the teacher's latency, the reference of the hypervolume.
-        latency_model: error of the predicted latency on random plans.
-        wall_s: phase -> seconds.
-        environment: of the measurements.
-    """
-    points = [(r.latency_ms / teacher_ms, r.loss / worst_loss) for r in results]
-    stitched = [r for r in results if r.source in ("exact", "sampler")]
+def summarize(context: Context, findings: Findings) -> dict[str, Any]:
+    """Return the summary: the teacher and the winner on test images, the frontier on validation images."""
+    teacher, best, results = context.teacher, findings.outcome.best, findings.all_results
+    worst = constant_loss(context.judge, classifier=teacher.classifier)
+    points = [(r.latency_ms / context.teacher_ms, r.loss / worst) for r in results]
+    wall_s = context.run.wall_s()
     return {
         "schema": SCHEMA,
         "teacher": {
             "name": teacher.name,
             "sites": len(teacher.sites),
             "params": teacher.params,
-            "latency_ms": teacher_ms,
-            "accuracy": teacher_test.accuracy,
+            "latency_ms": context.teacher_ms,
+            "accuracy": context.test_judge.teacher_evaluation().accuracy,
         },
-        "budget_ms": budget_ms,
+        "budget_ms": context.budget_ms,
         "met": best is not None,
-        "best": None if best is None else plan_row(best, best_test),
+        "best": None if best is None else plan_row(best.result, context.test_judge.evaluate(best.student)),
         "pareto": [plan_row(result) for result in frontier_of(results)],
         "hypervolume": hypervolume(points, (1.0, 1.0)),
         "evaluations": len(results),
-        "latency_model": dict(latency_model),
+        "latency_model": findings.latency_quality.to_json(),
         "score_model": {
-            "spearman": spearman([r.predicted_loss for r in stitched], [r.loss for r in stitched]),
-            "plans": len(stitched),
+            "spearman": spearman(
+                [r.predicted_loss for r in findings.results], [r.loss for r in findings.results]
+            ),
+            "plans": len(findings.results),
         },
-        "wall_s": dict(wall_s) | {"total": sum(wall_s.values())},
-        "environment": dict(environment),
+        "wall_s": wall_s | {"total": sum(wall_s.values())},
+        "environment": environment(context.stopwatch.conditions),
     }
-
-
-def labels_tensor(labels: torch.Tensor | None, *, classifier: bool) -> torch.Tensor | None:
-    """Return the labels if they can be compared with the teacher's answers."""
-    return labels if classifier else None

@@ -70,12 +70,27 @@ def test_agrees_with_its_reference(spec: MixerSpec, data: st.DataObject) -> None
     agree(spec, where, width, masked, data.draw(st.integers(0, 99), "seed"))
 
 
+@ALL
+def test_agrees_with_its_reference_in_every_mode(spec: MixerSpec) -> None:
+    """What drawing may miss: masked or not, causal or not, prefix or not, at every width."""
+    for width in spec.widths:
+        for causal in {False, spec.caps.causal}:
+            for masked in {False, spec.caps.masks}:
+                agree(
+                    spec,
+                    site(spec, dim=6, heads=3, tokens=7, prefix=width < 1, causal=causal),
+                    width,
+                    masked,
+                    0,
+                )
+
+
 @pytest.mark.parametrize("name", ["linear_attention", "mamba", "pool"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_long_sequences_cross_chunks(name: str, masked: bool) -> None:
     spec = SPECS[name]
-    where = site(spec, dim=2, heads=1, tokens=131, causal=spec.caps.causal)
-    agree(spec, where, spec.widths[0], masked, 0)
+    for causal in (False, True):
+        agree(spec, site(spec, dim=2, heads=1, tokens=131, causal=causal), spec.widths[0], masked, 0)
 
 
 @ALL

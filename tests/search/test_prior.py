@@ -8,15 +8,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixerzoo.plan import KEEP_CANDIDATE, Candidate
-from mixerzoo_search.prior import Clue, Mixing, Prior, mixing_of, predict_damage
+from mixerzoo_search.prior import Clue, Mixing, Prior, predict_damage
 
 STATIC, NONE, LINEAR = Candidate("static"), Candidate("none"), Candidate("linear_attention")
+MIXING: dict[str, Mixing] = {
+    "static": "static",
+    "none": "none",
+    "linear_attention": "content",
+    "keep": "content",
+}
 
 
 def clue(
     candidate: Candidate = STATIC, nmse: float | None = None, site: str = "a", **statistics: float
 ) -> Clue:
-    return Clue(site=site, candidate=candidate, statistics=statistics, nmse=nmse)
+    mixing = MIXING[candidate.mixer]
+    return Clue(site=site, candidate=candidate, statistics=statistics, nmse=nmse, mixing=mixing)
 
 
 def test_without_evidence_damage_is_contribution_squared_times_error() -> None:
@@ -34,7 +41,6 @@ def test_without_evidence_damage_is_contribution_squared_times_error() -> None:
         (clue(entropy=0.05), clue(entropy=0.5)),
         (clue(entropy=0.98), clue(entropy=0.5)),
         (clue(sink=0.9), clue(sink=0.0)),
-        (clue(Candidate("pool"), locality=0.9), clue(Candidate("pool"), locality=0.1)),
         (clue(LINEAR, effective_rank=0.1), clue(LINEAR, effective_rank=0.9)),
         (clue(Candidate("static", 1.0)), clue(Candidate("static", 0.25))),
         (clue(NONE, contribution=0.1), clue(NONE, contribution=0.9)),
@@ -51,13 +57,6 @@ def test_the_statistics_point_the_expected_way(easy: Clue, hard: Clue) -> None:
 def test_missing_and_broken_statistics_take_the_middle() -> None:
     assert clue(entropy=math.nan).expected_damage() == clue().expected_damage()
     assert math.isfinite(clue(nmse=math.nan, contribution=0.0).expected_damage())
-
-
-@pytest.mark.parametrize(
-    ("mixer", "mixing"), [("none", "none"), ("static", "static"), ("pool", "local"), ("mamba", "content")]
-)
-def test_mixing_is_read_off_the_name(mixer: str, mixing: Mixing) -> None:
-    assert mixing_of(mixer) == mixing
 
 
 def make_clues(rng: np.random.Generator, sites: int = 12) -> list[Clue]:

@@ -1,0 +1,122 @@
+"""What the phases of one search share: the teacher, the data, the run directory, and the tools made from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from mixerzoo.capture import Capture, capture
+from mixerzoo.data import Dataset, image_batches, load_labels
+from mixerzoo.hosts import Teacher
+from mixerzoo.latency import Stopwatch
+from mixerzoo.library import Library
+from mixerzoo.progress import Reporter
+from mixerzoo.registry import get_registry
+from mixerzoo.score import Judge
+from mixerzoo_search.candidates import CandidateLibrary
+from mixerzoo_search.evaluate import Evaluator
+from mixerzoo_search.run_directory import RunDirectory
+from mixerzoo_search.settings import Settings
+
+VALIDATION_IMAGES = 200
+TEST_IMAGES = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """One search.
+
+    Attributes:
+        settings: the arguments.
+        teacher: the teacher.
+        data: the data.
+        run: the run directory.
+        reporter: shows progress.
+        stopwatch: times students beside the teacher.
+        teacher_ms: the teacher's latency; all latencies of the run are on its scale.
+        budget_ms: the budget.
+    """
+
+    settings: Settings
+    teacher: Teacher
+    data: Dataset
+    run: RunDirectory
+    reporter: Reporter
+    stopwatch: Stopwatch
+    teacher_ms: float
+    budget_ms: float
+
+    @property
+    def calibration(self) -> tuple[int, ...]:
+        """Indices of the images to distil on."""
+        return self.data.splits.calibration[: self.settings.images]
+
+    @cached_property
+    def calibration_batches(self) -> list[torch.Tensor]:
+        """The images to distil on, prepared: (B, C, H, W) each."""
+        return list(image_batches(self.data, self.calibration, self.teacher.image))
+
+    @cached_property
+    def library(self) -> CandidateLibrary:
+        """The distilled candidates of this run."""
+        return CandidateLibrary(
+            Library(self.run.path / "library"),
+            self.teacher,
+            data=self.data.fingerprint,
+            images=len(self.calibration),
+            steps=self.settings.distill_steps,
+            seed=self.settings.seed,
+        )
+
+    @cached_property
+    def captured(self) -> Capture:
+        """The teacher's activations, from one pass; made when they are first needed."""
+        with ExitStack() as stack:
+            stack.enter_context(self.run.timed("capture"))
+            report = stack.enter_context(self.reporter.phase("teacher's activations", len(self.calibration)))
+            captured = capture(self.teacher, self.calibration_batches, len(self.calibration), on_batch=report)
+        self.run.store("statistics", captured.statistics)
+        return captured
+
+    @property
+    def statistics(self) -> dict[str, dict[str, float]]:
+        """Site -> statistics; those of an earlier start are as good."""
+        stored: dict[str, dict[str, float]] | None = self.run.load("statistics")
+        return self.captured.statistics if stored is None else stored
+
+    @cached_property
+    def judge(self) -> Judge:
+        """Judges students on the validation images: everything is chosen on these."""
+        return self.make_judge(self.data.splits.validation[:VALIDATION_IMAGES])
+
+    @cached_property
+    def test_judge(self) -> Judge:
+        """Judges students on the test images: nothing is chosen on these."""
+        return self.make_judge(self.data.splits.test[:TEST_IMAGES])
+
+    def make_judge(self, indices: Sequence[int]) -> Judge:
+        """Return a judge on the given images; labels that cannot be the teacher's classes are left out."""
+        labels = load_labels(self.data, indices)
+        if labels is not None and not self._labels_fit(labels):
+            labels = None
+        return Judge(self.teacher, image_batches(self.data, indices, self.teacher.image), labels)
+
+    def _labels_fit(self, labels: torch.Tensor) -> bool:
+        classes = int(getattr(self.teacher.model, "num_classes", 0))
+        if not self.teacher.classifier:
+            return False
+        return len(self.data.classes) == classes if self.data.classes else int(labels.max()) < classes
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """Stitches, judges and times plans."""
+        return Evaluator(self.library, self.judge, self.stopwatch, base_ms=self.teacher_ms)
+
+    @cached_property
+    def letters(self) -> dict[str, str]:
+        """Mixer -> its letter in short names."""
+        return {spec.name: spec.letter for spec in get_registry().mixers}
