@@ -50,8 +50,12 @@ class Capture:
         """Site -> statistics."""
         return {name: dict(site.view.statistics) for name, site in self.sites.items()}
 
+    def __del__(self) -> None:
+        if self.folder is not None:
+            self.folder.cleanup()
 
-@torch.inference_mode()
+
+@torch.no_grad()
 def capture(
     teacher: Teacher,
     batches: Iterable[torch.Tensor],
@@ -79,14 +83,20 @@ def capture(
     handles = [handle for recorder in recorders for handle in recorder.attach()]
     done = 0
     try:
+        # No inference mode here: a mixer may train what it took from the view, which inference tensors refuse.
         for batch in batches:
             teacher.model(batch)
             done += len(batch)
             on_batch(done)
+        sites = {recorder.site.name: recorder.finish() for recorder in recorders}
+    except BaseException:
+        if folder is not None:
+            folder.cleanup()
+        raise
     finally:
         for handle in handles:
             handle.remove()
-    return Capture(sites={recorder.site.name: recorder.finish() for recorder in recorders}, folder=folder)
+    return Capture(sites=sites, folder=folder)
 
 
 class _Recorder:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -154,7 +156,7 @@ def open_npz(source: str) -> Dataset:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays: dict[str, np.ndarray[Any, Any]] = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, TypeError, BadZipFile, zlib.error) as error:
         raise MixerzooError(f"data '{source}': not a readable .npz file ({error})") from None
     if "x" not in arrays:
         raise MixerzooError(f"data '{source}': no array 'x' in it (found: {', '.join(arrays) or 'nothing'})")
@@ -194,8 +196,8 @@ def open_folder(source: str) -> Dataset:
     skipped: list[str] = []
     hasher = hashlib.sha256()
     for path in found:
-        content = path.read_bytes()
         try:
+            content = path.read_bytes()
             Image.open(io.BytesIO(content)).convert("RGB")
         except Exception:  # PIL raises a different type for every way a file can be broken
             skipped.append(str(path.relative_to(root)))

@@ -156,7 +156,10 @@ def evaluate(mixer: nn.Module, captured: SiteCapture) -> float:
     y_all = captured.y[held_out].float()
     mean = y_all.mean((0, 1))
     for x, y in _batches(captured, held_out):
-        error += float((mixer(x) - y).double().square().sum())
+        out = mixer(x)
+        if out.shape != y.shape:  # some wrong shapes would broadcast
+            raise MixerzooError(f"it maps {tuple(x.shape)} to {tuple(out.shape)}, not (B, N, D) to (B, N, D)")
+        error += float((out - y).double().square().sum())
         spread += float((y - mean).double().square().sum())
     return error / max(spread, 1e-30)
 
@@ -176,7 +179,7 @@ def solve_readout(mixer: nn.Module, readout: str, captured: SiteCapture) -> bool
                 mixer(x)
                 gram.update(tap.features(), y.reshape(-1, layer.out_features))
             grams.append(gram)
-    found = solve(*grams)
+    found = solve(*grams, bias=layer.bias is not None)
     if found is None:
         return False
     set_linear(layer, found.weight, found.bias)
@@ -209,7 +212,7 @@ class FeatureTap:
 
 @torch.no_grad()
 def set_linear(layer: nn.Linear, weight: torch.Tensor, bias: torch.Tensor) -> None:
-    """Write a solution into a linear layer; the bias is dropped where it has none."""
+    """Write a solution into a linear layer."""
     layer.weight.copy_(weight)
     if layer.bias is not None:
         layer.bias.copy_(bias)

@@ -54,7 +54,7 @@ def finetune(
     generator = torch.Generator().manual_seed(seed)
     teacher_stages, student_stages = teacher.host.stages(teacher.model), teacher.host.stages(model)
     began = checked = time.perf_counter()
-    share = 0.0
+    share = 0.0 if seconds > 0 else 1.0
     while share < 1:
         batch = pool[torch.randint(len(pool), (BATCH,), generator=generator)]
         optimizer.param_groups[0]["lr"] = lr * min(1.0, share / 0.05 + 0.1) * _cosine(share)

@@ -151,7 +151,8 @@ class Stopwatch:
         self.example = torch.randn(conditions.batch_size, *teacher.image.size, generator=generator).to(
             conditions.device, conditions.torch_dtype
         )
-        self._reference = self.prepare(teacher.model)
+        with threads(conditions.threads):  # some runtimes settle it when they prepare
+            self._reference = self.prepare(teacher.model)
 
     def prepare(self, model: nn.Module) -> Run:
         """Return what runs `model` once on the example."""

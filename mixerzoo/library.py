@@ -49,7 +49,10 @@ class Entry:
     def from_json(cls, data: dict[str, Any]) -> Entry:
         """Rebuild an entry."""
         absent: dict[str, Any] = {"nmse": math.inf, "nmse_start": math.nan, "nmse_solved": math.nan}
-        return cls(**{name: absent.get(name) if value is None else value for name, value in data.items()})
+        content: dict[str, Any] = {
+            name: absent.get(name) if value is None else value for name, value in data.items()
+        }
+        return cls(**content)
 
 
 def candidate_key(
@@ -83,8 +86,11 @@ class Library:
         self._whole: set[str] = set()  # keys whose files matched their checksum in this process
         self._entries: dict[str, Entry] = {}
         if (folder / INDEX).exists():
-            content = read_json(folder / INDEX)
-            self._entries = {key: Entry.from_json(data) for key, data in content.items()}
+            try:
+                content = read_json(folder / INDEX)
+                self._entries = {key: Entry.from_json(data) for key, data in content.items()}
+            except (MixerzooError, AttributeError, TypeError):
+                self.damaged.append(f"its index ({folder / INDEX})")
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._entries.values())

@@ -72,7 +72,7 @@ def _refit_site(
 ) -> None:
     """Solve one readout on what the student feeds it, towards the teacher's residual stream behind the site."""
     grams = [Gram(layer.in_features, layer.out_features) for _ in range(2)]
-    first_held_out = max(1, round(len(true) * (1 - HELD_OUT))) if len(true) > 1 else 0
+    first_held_out = min(len(true) - 1, max(1, round(len(true) * (1 - HELD_OUT))))  # 0: too few to hold any out
     scale = None if site.scale is None else teacher.model.get_submodule(site.scale)
     with (
         _Branch(teacher.model, site) as wanted,
@@ -88,8 +88,10 @@ def _refit_site(
             part = grams[int(number >= first_held_out)] if first_held_out else None
             for gram in grams if part is None else [part]:
                 gram.update(tap.features(), target.reshape(-1, layer.out_features))
-    found = solve(*grams)
-    if found is not None:
+    bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias
+    before = torch.cat([layer.weight.T, bias[None]]).double()
+    found = solve(*grams, bias=layer.bias is not None)
+    if found is not None and found.nmse < grams[1].nmse(before):
         set_linear(layer, found.weight, found.bias)
 
 

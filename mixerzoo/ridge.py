@@ -40,6 +40,10 @@ class Gram:
         """Return sum |y - mean(y)|^2, the denominator of the NMSE."""
         return float((self.yy - self.y.square() / max(self.rows, 1)).sum())
 
+    def nmse(self, solution: torch.Tensor) -> float:
+        """Return the error of a solution (F + 1, T) over the spread."""
+        return self.error(solution) / max(self.spread(), 1e-30)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
@@ -51,21 +55,26 @@ class Solution:
     penalty: float
 
 
-def solve(train: Gram, held_out: Gram) -> Solution | None:
-    """Return the ridge solution whose penalty does best on the held-out rows; None if none is finite."""
+def solve(train: Gram, held_out: Gram, *, bias: bool = True) -> Solution | None:
+    """Return the ridge solution whose penalty does best on the held-out rows; None if none is finite.
+
+    Without `bias` the map goes through the origin, for layers that have none.
+    """
+    used = len(train.xx) if bias else len(train.xx) - 1
     features = len(train.xx) - 1
     size = float(train.xx.diagonal()[:features].mean()) if features else 1.0
     best: Solution | None = None
     for penalty in PENALTIES:
         ridge = torch.full((features + 1,), penalty * size, dtype=torch.float64)
         ridge[-1] = 1e-9 * train.rows  # the bias is not shrunk
-        factor, info = torch.linalg.cholesky_ex(train.xx + ridge.diag())
+        factor, info = torch.linalg.cholesky_ex((train.xx + ridge.diag())[:used, :used])
         if int(info) != 0:
             continue
-        solution = torch.cholesky_solve(train.xy, factor)
+        solution = torch.zeros_like(train.xy)
+        solution[:used] = torch.cholesky_solve(train.xy[:used], factor)
         if not torch.isfinite(solution).all():
             continue
-        nmse = held_out.error(solution) / max(held_out.spread(), 1e-30)
+        nmse = held_out.nmse(solution)
         if best is None or nmse < best.nmse:
             best = Solution(
                 weight=solution[:-1].T.float().contiguous(),

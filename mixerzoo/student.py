@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from mixerzoo.errors import MixerzooError
+from mixerzoo.errors import MixerzooError, did_you_mean
 from mixerzoo.files import read_json, write_json, write_tensors
 from mixerzoo.hosts import Host, Replacement, Teacher
 from mixerzoo.plan import Candidate, Plan
@@ -84,7 +85,8 @@ def load_student(folder: Path, *, model: nn.Module | None = None) -> Student:
 
     Args:
         folder: holds `plan.json` and `model.safetensors`.
-        model: an instance of the teacher's architecture, for teachers that cannot be built by name.
+        model: an instance of the teacher's architecture, for teachers that cannot be built by name; it is
+            copied.
 
     Raises:
         MixerzooError: if something is missing or does not fit; a missing plugin is named with its version.
@@ -96,10 +98,11 @@ def load_student(folder: Path, *, model: nn.Module | None = None) -> Student:
         plugins: dict[str, str] = content["plugins"]
         architecture: dict[str, Any] | None = content["architecture"]
         host_name: str = content["host"]
-    except (KeyError, TypeError, AttributeError) as error:
+        needed = plugins.items()
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise MixerzooError(f"'{folder / PLAN_FILE}': not a plan of mixerzoo ({error!r})") from None
     registry = get_registry()
-    for mixer, origin in plugins.items():
+    for mixer, origin in needed:
         if mixer not in registry.mixers:
             raise MixerzooError(f"'{folder}' needs mixer '{mixer}' of {origin}; install that distribution")
     if model is None:
@@ -109,7 +112,18 @@ def load_student(folder: Path, *, model: nn.Module | None = None) -> Student:
                 "pass an instance of it: mixerzoo.load(folder, model=...)"
             )
         host: Host = registry.hosts.get(host_name)
-        model = host.create(architecture)
+        try:
+            model = host.create(architecture)
+        except MixerzooError:
+            raise
+        except Exception as error:  # what the file says is handed to the model's library, which may say anything
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise MixerzooError(
+                f"'{folder}': its teacher cannot be rebuilt ({reason}); "
+                "pass an instance of it: mixerzoo.load(folder, model=...)"
+            ) from None
+    else:
+        model = copy.deepcopy(model)
     _put(model, plan, sites)
     try:
         weights = load_file(folder / WEIGHTS_FILE)
@@ -142,5 +156,12 @@ def load(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
 def _put(model: nn.Module, plan: Plan, sites: Sequence[Site]) -> None:
     by_name = {site.name: site for site in sites}
     for name, candidate in plan.choices:
-        if not candidate.is_keep:
-            model.set_submodule(name, make_replacement(candidate, by_name[name]))
+        if candidate.is_keep:
+            continue
+        if name not in by_name:
+            raise MixerzooError(f"plan: '{name}' is not a site of its teacher: {did_you_mean(name, by_name)}")
+        try:
+            model.get_submodule(name)
+        except AttributeError as error:
+            raise MixerzooError(f"plan: the model has no site '{name}' ({error})") from None
+        model.set_submodule(name, make_replacement(candidate, by_name[name]))

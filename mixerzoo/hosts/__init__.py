@@ -143,9 +143,11 @@ class Replacement(nn.Module):
 
     def _token_mask(self, x: torch.Tensor, attn_mask: torch.Tensor) -> torch.Tensor:
         B, N, _ = x.shape
-        if attn_mask.dtype != torch.bool or attn_mask.shape[-1] != N or attn_mask[..., :-1, :].numel() != 0:
+        shape = tuple(attn_mask.shape)
+        padding = attn_mask.ndim >= 2 and shape[-2:] == (1, N) and attn_mask.numel() in (N, B * N)
+        if attn_mask.dtype != torch.bool or not padding:
             raise MixerzooError(
-                f"site '{self.site_name}': attn_mask of shape {tuple(attn_mask.shape)} {attn_mask.dtype} is not a "
+                f"site '{self.site_name}': attn_mask of shape {shape} {attn_mask.dtype} is not a "
                 f"padding mask; give bool of shape ({B}, 1, 1, {N}), True for real tokens"
             )
         return attn_mask.reshape(-1, N).expand(B, N)

@@ -58,7 +58,7 @@ class TimmVitHost:
         return hasattr(model, "forward_features") and hasattr(model, "pretrained_cfg")
 
     def architecture(self, model: nn.Module) -> dict[str, Any] | None:
-        """Return name, classes and image size, if they rebuild the same shapes."""
+        """Return name, classes and image size, if they rebuild the same model."""
         name = _config(model).get("architecture") or digits_vit.NAME
         described: dict[str, Any] = {"host": self.name, "model": name}
         if name != digits_vit.NAME:
@@ -67,16 +67,21 @@ class TimmVitHost:
             if size is not None:
                 described |= {"img_size": [int(side) for side in size]}
         try:
-            shapes = {key: tensor.shape for key, tensor in self.create(described).state_dict().items()}
+            rebuilt = self.create(described)
+            rebuilt.load_state_dict(model.state_dict())
+            # Same shapes are not enough: heads, activation and pooling leave no trace in them.
+            same = _agree(rebuilt, model, self.image_config(model))
         except Exception:  # a class that timm does not build by name, or other arguments: not knowable
             return None
-        same = shapes == {key: tensor.shape for key, tensor in model.state_dict().items()}
         return described if same else None
 
     def create(self, architecture: Mapping[str, Any]) -> nn.Module:
         """Return the untrained model."""
         if architecture["model"] == digits_vit.NAME:
             return digits_vit.build().eval()
+        # Names such as hf-hub:... would make timm ask the network; a file must not be able to.
+        if architecture["model"] not in _timm_names():
+            raise MixerzooError(f"architecture '{architecture['model']}': not a model of the installed timm")
         kwargs = {key: architecture[key] for key in ("num_classes", "img_size") if key in architecture}
         if "img_size" in kwargs:
             kwargs["img_size"] = tuple(kwargs["img_size"])
@@ -172,7 +177,8 @@ class TimmVitHost:
         """Return softmax(q k^T / sqrt(K)), (B, H, N, N), with the module's own q and k norms."""
         m: Any = module
         q, k, _ = _qkv(module, x)
-        return (q * m.scale @ k.transpose(-2, -1)).softmax(-1)
+        maps: torch.Tensor = (q * m.scale @ k.transpose(-2, -1)).softmax(-1)
+        return maps
 
     def hidden_units(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """Return act(fc1(x)), (B, N, hidden)."""
@@ -302,7 +308,18 @@ def _branch(model: nn.Module, name: str, call: _Call) -> tuple[str | None, str |
 def _composes(model: nn.Module, stages: list[Stage], config: ImageConfig) -> bool:
     example = torch.randn(1, *config.size, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        return torch.allclose(run_stages(stages, example), model(example), rtol=1e-4, atol=1e-5)
+        return _close(run_stages(stages, example), model(example))
+
+
+def _agree(one: nn.Module, other: nn.Module, config: ImageConfig) -> bool:
+    example = torch.randn(1, *config.size, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        return _close(one(example), other(example))
+
+
+def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    # A student that has gone to NaN still has its teacher's stages.
+    return torch.allclose(one, other, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def _stage(name: str, stages: int) -> int:

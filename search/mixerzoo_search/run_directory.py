@@ -21,6 +21,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._inside: list[float] = []  # for each phase being timed, seconds that belong to phases inside it
 
     def check(self, identity: Mapping[str, Any]) -> bool:
         """Return whether a search of this identity has begun here; writes nothing.
@@ -70,13 +71,20 @@ class RunDirectory:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Add the time of the block to the phase's; what was spent before a resume counts too."""
+        """Add the time of the block to the phase's, less that of phases timed inside it.
+
+        What was spent before a resume counts too.
+        """
         began = time.perf_counter()
+        self._inside.append(0.0)
         try:
             yield
         finally:
+            whole = time.perf_counter() - began
             spent = self.wall_s()
-            spent[phase] = spent.get(phase, 0.0) + time.perf_counter() - began
+            spent[phase] = spent.get(phase, 0.0) + whole - self._inside.pop()
+            if self._inside:
+                self._inside[-1] += whole
             write_json(self.path / PHASES_FILE, spent)
 
     def wall_s(self) -> dict[str, float]:
