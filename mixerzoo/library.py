@@ -77,7 +77,7 @@ class Library:
     """A folder of `<key>.safetensors` files and their index.
 
     A file that is missing or does not match its checksum is dropped from the index and named in `damaged`; the
-    candidate is then distilled again.
+    candidate is then distilled again. So are all of them where the index itself cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:

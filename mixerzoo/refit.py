@@ -72,7 +72,8 @@ def _refit_site(
 ) -> None:
     """Solve one readout on what the student feeds it, towards the teacher's residual stream behind the site."""
     grams = [Gram(layer.in_features, layer.out_features) for _ in range(2)]
-    first_held_out = min(len(true) - 1, max(1, round(len(true) * (1 - HELD_OUT))))  # 0: too few to hold any out
+    # 0 where there is one batch: then the same rows train and choose.
+    first_held_out = min(len(true) - 1, max(1, round(len(true) * (1 - HELD_OUT))))
     scale = None if site.scale is None else teacher.model.get_submodule(site.scale)
     with (
         _Branch(teacher.model, site) as wanted,

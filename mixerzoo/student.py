@@ -116,7 +116,7 @@ def load_student(folder: Path, *, model: nn.Module | None = None) -> Student:
             model = host.create(architecture)
         except MixerzooError:
             raise
-        except Exception as error:  # what the file says is handed to the model's library, which may say anything
+        except Exception as error:  # the file's words go to the model's library, which may raise anything
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise MixerzooError(
                 f"'{folder}': its teacher cannot be rebuilt ({reason}); "

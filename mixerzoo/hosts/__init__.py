@@ -144,7 +144,7 @@ class Replacement(nn.Module):
     def _token_mask(self, x: torch.Tensor, attn_mask: torch.Tensor) -> torch.Tensor:
         B, N, _ = x.shape
         shape = tuple(attn_mask.shape)
-        padding = attn_mask.ndim >= 2 and shape[-2:] == (1, N) and attn_mask.numel() in (N, B * N)
+        padding = shape == (B, 1, 1, N) or (shape[-1:] == (N,) and attn_mask.numel() == N)
         if attn_mask.dtype != torch.bool or not padding:
             raise MixerzooError(
                 f"site '{self.site_name}': attn_mask of shape {shape} {attn_mask.dtype} is not a "

@@ -1,8 +1,11 @@
-"""mixerzoo_search's plugin: adds `mixerzoo search`. Heavy imports wait until the command runs."""
+"""mixerzoo_search's plugin: adds `search` and `profile`. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
 import json
+import shlex
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +16,39 @@ from mixerzoo.hookspecs import hookimpl
 
 @hookimpl
 def register_commands(cli: click.Group) -> None:
-    """Add the search command."""
+    """Add `search` and `profile`."""
     cli.add_command(search_command)
+    cli.add_command(profile_command)
+
+
+def common_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that name the teacher and the data, and say under what latency is measured."""
+    for option in (
+        click.option(
+            "--runtime", default="eager", show_default=True, help="Under which latency is measured."
+        ),
+        click.option("--dtype", default="float32", show_default=True, help="In which latency is measured."),
+        click.option("--device", default="cpu", show_default=True, help="On which latency is measured."),
+        click.option("--threads", type=int, help="At which latency is measured.  [default: all cores]"),
+        click.option("--batch-size", default=1, show_default=True, help="At which latency is measured."),
+        click.option(
+            "--data", default="digits", show_default=True, help="digits, a folder of images, or an .npz file."
+        ),
+        click.option(
+            "--checkpoint", type=click.Path(path_type=Path), help="Its weights, a safetensors file."
+        ),
+        click.option(
+            "--model", default="digits_vit", show_default=True, help="Name of the teacher, as timm has it."
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 @click.command("search")
-@click.option("--model", default="digits_vit", show_default=True, help="Name of the teacher, as timm has it.")
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Its weights, a safetensors file.")
-@click.option(
-    "--data", default="digits", show_default=True, help="digits, a folder of images, or an .npz file."
-)
 @click.option("--budget-ms", metavar="MS", help="Latency budget in milliseconds.")
 @click.option("--budget", metavar="SHARE", help="Latency budget as a share of the teacher's, such as 60%.")
+@common_options
 @click.option("--mixers", metavar="A,B", help="Mixers to choose from.  [default: all]")
 @click.option("--widths", metavar="X,Y", help="Widths to choose from.  [default: all]")
 @click.option("--trials", default=48, show_default=True, help="True evaluations of stitched students.")
@@ -36,11 +60,6 @@ def register_commands(cli: click.Group) -> None:
 @click.option(
     "--finetune-minutes", default=1.0, show_default=True, help="Distillation of the best plans as a whole."
 )
-@click.option("--batch-size", default=1, show_default=True, help="At which latency is measured.")
-@click.option("--threads", type=int, help="At which latency is measured.  [default: all cores]")
-@click.option("--device", default="cpu", show_default=True, help="On which latency is measured.")
-@click.option("--dtype", default="float32", show_default=True, help="In which latency is measured.")
-@click.option("--runtime", default="eager", show_default=True, help="Under which latency is measured.")
 @click.option("--seed", default=0, show_default=True, help="Of everything random.")
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Run directory.  [default: runs/<model>-<budget>]"
@@ -84,6 +103,61 @@ def search_command(**options: Any) -> None:
         raise BudgetOutOfReachError(
             f"budget {options['budget']}: no student met it when it was measured again"
         )
+
+
+@click.command("profile")
+@common_options
+@click.option("--images", default=256, show_default=True, help="Images that the statistics are taken on.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder.  [default: profiles/<model>]")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def profile_command(
+    model: str,
+    checkpoint: Path | None,
+    data: str,
+    images: int,
+    out: Path | None,
+    quiet: bool,
+    **measured: Any,
+) -> None:
+    """Draw the attention statistics and the latency of every site."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mixerzoo.data import open_data
+    from mixerzoo.errors import MixerzooError
+    from mixerzoo.hosts import open_teacher
+    from mixerzoo.latency import Conditions, check_device, default_threads
+    from mixerzoo.progress import Reporter
+    from mixerzoo_search.profile import profile, profile_table, write_profile
+
+    if images < 1:
+        raise MixerzooError(f"--images {images}: give at least 1")
+    measured["threads"] = measured["threads"] if measured["threads"] is not None else default_threads()
+    check_device(measured["device"], measured["dtype"])
+    teacher = open_teacher(model, checkpoint)
+    found = profile(
+        teacher,
+        open_data(data),
+        Conditions(**measured),
+        images=images,
+        reporter=Reporter(quiet=quiet),
+        command=command_line(),
+    )
+    folder = out or Path("profiles") / model.replace("/", "-")
+    write_profile(folder, found)
+    header, *rows = profile_table(found)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, name in enumerate(header):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    (Console() if sys.stdout.isatty() else Console(width=140)).print(table)
+    click.echo(f"\nprofile  {folder / 'profile.html'}")
+
+
+def command_line() -> str:
+    """Return the command that this process was started with, as one would type it."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def _words(text: str | None) -> tuple[str, ...]:

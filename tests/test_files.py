@@ -1,0 +1,128 @@
+"""Whole files or none: what a reader meets when writing fails halfway."""
+
+import hashlib
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mixerzoo import files
+from mixerzoo.errors import MixerzooError
+from mixerzoo.files import read_json, write_bytes, write_json, write_tensors, write_text
+
+
+class Killed(BaseException):
+    """What a killed process looks like from the inside."""
+
+
+def names(folder):
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def test_parents_are_made_and_nothing_else_is_left(tmp_path):
+    write_bytes(tmp_path / "a" / "b" / "c.bin", b"\x00\x01")
+    assert (tmp_path / "a" / "b" / "c.bin").read_bytes() == b"\x00\x01"
+    assert names(tmp_path) == ["c.bin"]
+
+
+def test_text_and_json_come_back(tmp_path):
+    write_text(tmp_path / "t", "größer\n")
+    assert (tmp_path / "t").read_text(encoding="utf-8") == "größer\n"
+    content = {"a": [1, 2.5, None], "b": {"c": "ü"}}
+    write_json(tmp_path / "j", content)
+    assert read_json(tmp_path / "j") == content
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+@pytest.mark.parametrize("error", [OSError("disk full"), Killed()])
+def test_the_old_content_stays_until_the_new_is_whole(tmp_path, monkeypatch, step, error):
+    path = tmp_path / "f.json"
+    write_json(path, {"old": True})
+
+    def fail(*_):
+        raise error
+
+    if step == "fsync":
+        monkeypatch.setattr(files.os, "fsync", fail)
+    else:
+        monkeypatch.setattr(type(path), "replace", fail)
+    with pytest.raises(type(error)):
+        write_json(path, {"new": True})
+    assert read_json(path) == {"old": True}
+    assert names(tmp_path) == ["f.json"]
+
+
+def test_content_is_on_disk_before_the_name_is(tmp_path, monkeypatch):
+    events = []
+    fsync, replace = os.fsync, type(tmp_path).replace
+
+    def flush(fd):
+        events.append(("flushed", os.fstat(fd).st_size))
+        fsync(fd)
+
+    def rename(self, target):
+        events.append(("renamed", self.stat().st_size))
+        return replace(self, target)
+
+    monkeypatch.setattr(files.os, "fsync", flush)
+    monkeypatch.setattr(type(tmp_path), "replace", rename)
+    write_bytes(tmp_path / "f", b"12345")
+    assert events == [("flushed", 5), ("renamed", 5)]
+
+
+def test_what_is_not_json_is_never_written(tmp_path):
+    write_json(tmp_path / "f", 1)
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "f", {"tensor": object()})
+    assert read_json(tmp_path / "f") == 1
+    assert names(tmp_path) == ["f"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"{'a': 1}"])
+def test_what_is_not_json_is_named(tmp_path, content):
+    (tmp_path / "f.json").write_bytes(content)
+    with pytest.raises(MixerzooError, match=r"f\.json': not readable as JSON"):
+        read_json(tmp_path / "f.json")
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
+    with pytest.raises(MixerzooError, match=r"x\.json': no such file"):
+        read_json(tmp_path / "x.json")
+    with pytest.raises(MixerzooError, match="not readable as JSON"):
+        read_json(tmp_path)
+
+
+def test_tensors_come_back_with_their_checksum(tmp_path):
+    shared = torch.arange(6.0)
+    tensors = {
+        "whole": shared,
+        "transposed": torch.arange(6.0).view(2, 3).T,
+        "view": shared[2:4],
+        "again": shared,
+        "half": torch.ones(2, dtype=torch.bfloat16),
+        "learned": torch.nn.Parameter(torch.ones(3)),
+        "scalar": torch.tensor(7),
+    }
+    digest = write_tensors(tmp_path / "t.safetensors", tensors)
+    assert digest == hashlib.sha256((tmp_path / "t.safetensors").read_bytes()).hexdigest()
+    back = load_file(tmp_path / "t.safetensors")
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert back[name].dtype == tensor.dtype
+        assert torch.equal(back[name], tensor)
+
+
+def test_the_same_tensors_have_the_same_checksum(tmp_path):
+    one = write_tensors(tmp_path / "1", {"a": torch.ones(3), "b": torch.zeros(2)})
+    assert one == write_tensors(tmp_path / "2", {"a": torch.ones(3), "b": torch.zeros(2)})
+    assert one != write_tensors(tmp_path / "3", {"a": torch.ones(3), "b": torch.tensor([0.0, 1e-30])})
+
+
+def test_json_is_for_people_too(tmp_path):
+    write_json(tmp_path / "f", {"a": 1})
+    text = (tmp_path / "f").read_text()
+    assert text.endswith("}\n")
+    assert len(text.splitlines()) == 3
+    assert json.loads(text) == {"a": 1}
