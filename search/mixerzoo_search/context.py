@@ -22,6 +22,7 @@ from mixerzoo_search.evaluate import Evaluator
 from mixerzoo_search.run_directory import RunDirectory
 from mixerzoo_search.settings import Settings
 
+SCORE_IMAGES = 96  # to rank candidates; scoring each of them is where most of a search's images go
 VALIDATION_IMAGES = 200
 TEST_IMAGES = 500
 
@@ -87,6 +88,15 @@ class Context:
         """Site -> statistics; those of an earlier start are as good."""
         stored: dict[str, dict[str, float]] | None = self.run.load("statistics")
         return self.captured.statistics if stored is None else stored
+
+    def release_activations(self) -> None:
+        """Let go of the teacher's activations: nothing is distilled block-locally any more."""
+        self.__dict__.pop("captured", None)
+
+    @cached_property
+    def score_judge(self) -> Judge:
+        """Judges candidates, one site replaced, on some of the validation images."""
+        return self.make_judge(self.data.splits.validation[:SCORE_IMAGES])
 
     @cached_property
     def judge(self) -> Judge:

@@ -73,21 +73,18 @@ class Evaluator:
         self.judge = judge
         self.stopwatch = stopwatch
         self.base_ms = base_ms
-        self._module: Callable[[str, Candidate], Replacement] = lru_cache(CACHED_MODULES)(self._load)
-
-    def _load(self, site: str, candidate: Candidate) -> Replacement:
-        entry = self.library.best(site, candidate)
-        assert entry is not None, f"{candidate} at {site} is not in the library"
-        return make_replacement(candidate, self.teacher.site(site), self.library.state(entry))
+        self._cached: Callable[[str, Candidate], Replacement] = lru_cache(CACHED_MODULES)(self.module)
 
     def modules(self, plan: Plan, *, fresh: bool = False) -> dict[str, Replacement]:
         """Return the plan's replacements; `fresh` ones may be changed by the caller."""
-        load = self._load if fresh else self._module
+        load = self.module if fresh else self._cached
         return {site: load(site, candidate) for site, candidate in plan.choices if not candidate.is_keep}
 
-    def score(self, site: str, candidate: Candidate) -> float:
-        """Return the loss of the teacher with that one site replaced."""
-        return self.judge.evaluate_modules({site: self._load(site, candidate)}).loss
+    def module(self, site: str, candidate: Candidate) -> Replacement:
+        """Return a replacement with the best weights there are."""
+        entry = self.library.best(site, candidate)
+        assert entry is not None, f"{candidate} at {site} is not in the library"
+        return make_replacement(candidate, self.teacher.site(site), self.library.state(entry))
 
     def latency(self, students: Mapping[str, nn.Module], *, rounds: int = TRIAL_ROUNDS) -> dict[str, float]:
         """Return the students' latencies in ms: their ratio to the teacher times its latency in this run."""

@@ -25,7 +25,7 @@ from mixerzoo_search.additive import AdditiveModel
 from mixerzoo_search.candidates import Candidates, list_candidates
 from mixerzoo_search.context import Context
 from mixerzoo_search.evaluate import PlanResult
-from mixerzoo_search.finish import FINAL_ROUNDS, Outcome, finish
+from mixerzoo_search.finish import FINAL_ROUNDS, finish
 from mixerzoo_search.journal import Journal
 from mixerzoo_search.report import write_report
 from mixerzoo_search.results import make_report, model_card
@@ -33,8 +33,8 @@ from mixerzoo_search.run_directory import RunDirectory
 from mixerzoo_search.scoring import Scored, additive, distill_closed_form, score, useful
 from mixerzoo_search.settings import Settings
 from mixerzoo_search.study import evaluations, open_study, run_study
-from mixerzoo_search.summary import frontier_of, summarize
-from mixerzoo_search.timing import LatencyQuality, calibrate, demand_reachable, latency_table
+from mixerzoo_search.summary import Findings, frontier_of, summarize
+from mixerzoo_search.timing import calibrate, demand_reachable, latency_table
 
 SWEEP = 12  # budgets of the exact frontier
 NEAR = (1.0, 0.97, 0.94)  # times the budget: its own plans leave room for the error of the prediction
@@ -51,22 +51,6 @@ class SearchResult:
     def best(self) -> Path:
         """Folder of the winning student, for `mixerzoo.load`."""
         return self.path / "best"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Findings:
-    """What the phases found, for the summary and the report."""
-
-    candidates: Candidates
-    line: list[exact.Solution]
-    latency_quality: LatencyQuality
-    results: list[PlanResult]
-    outcome: Outcome
-
-    @property
-    def all_results(self) -> list[PlanResult]:
-        """Every true evaluation, the finalists' later forms too."""
-        return [*self.results, *self.outcome.results]
 
 
 def run_search(
@@ -142,6 +126,7 @@ def _run_phases(context: Context, candidates: Candidates, journal: Journal, stor
     distill_closed_form(context, faster)
     with run.timed("score"):
         scored = score(context, faster, table)
+    context.release_activations()
     with run.timed("latency"):
         model, quality = calibrate(context, scored.model)
     with run.timed("exact"):

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mixerzoo.plan import Plan
 from mixerzoo_search import report
 from mixerzoo_search.context import Context
 from mixerzoo_search.evaluate import PlanResult
-from mixerzoo_search.summary import frontier_of
-
-if TYPE_CHECKING:
-    from mixerzoo_search.pipeline import Findings
+from mixerzoo_search.summary import Findings, frontier_of
 
 
 def make_report(context: Context, findings: Findings, summary: Mapping[str, Any]) -> report.Report:
@@ -40,7 +37,7 @@ def make_report(context: Context, findings: Findings, summary: Mapping[str, Any]
         )
 
     return report.Report(
-        title=f"{teacher.name} on {context.data.name}",
+        title=f"{teacher.name} on {Path(context.data.name).name}",
         teacher=report.Teacher(
             name=teacher.name,
             latency_ms=summary["teacher"]["latency_ms"],

@@ -130,7 +130,8 @@ def measure_scores(context: Context, space: Candidates, title: str) -> Damage:
     todo = [(pair, entry) for pair, entry in entries.items() if entry.key not in known]
     with context.reporter.phase(title, len(todo)) as report:
         for done, ((site, candidate), entry) in enumerate(todo):
-            known[entry.key] = context.evaluator.score(site, candidate)
+            module = context.evaluator.module(site, candidate)
+            known[entry.key] = context.score_judge.evaluate_modules({site: module}).loss
             context.run.store("scores", known)
             report(done + 1)
     return {pair: known[entry.key] for pair, entry in entries.items()}

@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 from mixerzoo.latency import environment
 from mixerzoo.score import Evaluation, Judge, output_loss
+from mixerzoo_search import exact
+from mixerzoo_search.candidates import Candidates
 from mixerzoo_search.context import Context
 from mixerzoo_search.evaluate import PlanResult
+from mixerzoo_search.finish import Outcome
 from mixerzoo_search.fit_quality import spearman
 from mixerzoo_search.pareto import hypervolume, non_dominated
-
-if TYPE_CHECKING:
-    from mixerzoo_search.pipeline import Findings
+from mixerzoo_search.timing import LatencyQuality
 
 SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What the phases found, for the summary and the report."""
+
+    candidates: Candidates
+    line: list[exact.Solution]
+    latency_quality: LatencyQuality
+    results: list[PlanResult]
+    outcome: Outcome
+
+    @property
+    def all_results(self) -> list[PlanResult]:
+        """Every true evaluation, the finalists' later forms too."""
+        return [*self.results, *self.outcome.results]
 
 
 def frontier_of(results: Sequence[PlanResult]) -> list[PlanResult]:

@@ -12,10 +12,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mixerzoo_search import numbers
-from mixerzoo_search.frontier_view import listed_frontier, log_losses, loss_range, ordered_sites, site_labels
-from mixerzoo_search.palette import heat, ink_on, mixer_colours, source_styles
-from mixerzoo_search.report import Profile, Report, SiteRow, write_profile, write_report
+from mixerzoo_search.report import Profile, Report, SiteRow, numbers, write_profile, write_report
+from mixerzoo_search.report.frontier_view import (
+    listed_frontier,
+    log_losses,
+    loss_range,
+    ordered_sites,
+    site_labels,
+)
+from mixerzoo_search.report.palette import heat, ink_on, mixer_colours, source_styles
 
 Make = Callable[..., Report]
 VOID = {"meta", "br", "hr", "img", "input", "link"}

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from mixerzoo.spec import KINDS
-from mixerzoo_search.report import EvaluationRow, Report, SiteRow
+from mixerzoo_search.report.content import EvaluationRow, Report, SiteRow
 
 LISTED_PLANS = 16
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from mixerzoo_search import numbers
-from mixerzoo_search.frontier_view import latency_range, log_losses, loss_range, shown_losses
-from mixerzoo_search.palette import ACCENT, BAD, CARD, INK, LINE, SOFT, source_styles
-from mixerzoo_search.report import EvaluationRow, Report
+from mixerzoo_search.report import numbers
+from mixerzoo_search.report.content import EvaluationRow, Report
+from mixerzoo_search.report.frontier_view import latency_range, log_losses, loss_range, shown_losses
+from mixerzoo_search.report.palette import ACCENT, BAD, CARD, INK, LINE, SOFT, source_styles
 
 FONT = "Inter, 'Segoe UI', 'Helvetica Neue', 'Liberation Sans', Arial, sans-serif"
 

@@ -1,10 +1,21 @@
-"""The report of a search and the profile of a teacher: what they hold, and their two files each."""
+"""What the report of a search and the profile of a teacher show: plain data."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+
+# Attention statistic -> its label and what its values mean.
+STATISTICS: Mapping[str, tuple[str, str]] = {
+    "entropy": ("entropy", "0: looks at one token, 1: at all alike"),
+    "tokens_90": ("tokens for 90 %", "share of the tokens that hold 90 % of the attention"),
+    "gini": ("Gini", "0: all tokens alike, 1: one token"),
+    "sink": ("sink mass", "attention that the most attended token gets"),
+    "locality": ("locality", "1: looks nearby, 0: far away"),
+    "input_dependence": ("input dependence", "0: the same map for every image"),
+    "effective_rank": ("effective rank", "share of the directions that the map uses"),
+    "contribution": ("contribution", "size against the residual stream"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,23 +124,3 @@ class Profile:
     sites: Sequence[SiteRow]
     environment: Mapping[str, object] = field(default_factory=dict)
     command: str = ""
-
-
-def write_report(run_dir: Path, report: Report) -> None:
-    """Write `report.html` (one file, opens offline) and `report.png` into a run directory."""
-    from mixerzoo.files import write_bytes, write_text
-    from mixerzoo_search.page import report_page
-    from mixerzoo_search.pictures import report_picture
-
-    write_text(run_dir / "report.html", report_page(report))
-    write_bytes(run_dir / "report.png", report_picture(report))
-
-
-def write_profile(path_html: Path, path_png: Path, profile: Profile) -> None:
-    """Write the attention statistics and the latency of every site as a page and as a picture."""
-    from mixerzoo.files import write_bytes, write_text
-    from mixerzoo_search.page import profile_page
-    from mixerzoo_search.pictures import profile_picture
-
-    write_text(path_html, profile_page(profile))
-    write_bytes(path_png, profile_picture(profile))

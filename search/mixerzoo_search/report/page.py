@@ -7,35 +7,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from mixerzoo.plan import KEEP, KEEP_LETTER, Candidate
-from mixerzoo_search import numbers
-from mixerzoo_search.frontier_view import (
+from mixerzoo_search.report import numbers
+from mixerzoo_search.report.content import STATISTICS, Profile, Report, SiteRow
+from mixerzoo_search.report.frontier_view import (
     LISTED_PLANS,
     listed_frontier,
     log_losses,
     ordered_sites,
     site_labels,
 )
-from mixerzoo_search.palette import ACCENT, heat, ink_on, mixer_colours
-from mixerzoo_search.report import Profile, Report, SiteRow
-from mixerzoo_search.style import CSS
-
-# key of a statistic -> (label, what its ends mean)
-STATISTICS: Mapping[str, tuple[str, str]] = {
-    "entropy": ("entropy", "0: looks at one token, 1: at all alike"),
-    "tokens_90": ("tokens for 90 %", "share of the tokens that hold 90 % of the attention"),
-    "gini": ("Gini", "0: all tokens alike, 1: one token"),
-    "sink": ("sink mass", "attention that the most attended token gets"),
-    "locality": ("locality", "1: looks nearby, 0: far away"),
-    "input_dependence": ("input dependence", "0: the same map for every image"),
-    "effective_rank": ("effective rank", "share of the directions that the map uses"),
-    "contribution": ("contribution", "size against the residual stream"),
-}
-KIND_COLOURS = {"attention": ACCENT, "mlp": "#e69f00"}
+from mixerzoo_search.report.palette import KIND_COLOURS, heat, ink_on, mixer_colours
+from mixerzoo_search.report.style import CSS
 
 
 def report_page(report: Report) -> str:
     """Return the report of a search as one HTML document."""
-    from mixerzoo_search.charts import agreement_chart, frontier_chart, to_div
+    from mixerzoo_search.report.charts import agreement_chart, frontier_chart, to_div
 
     latency = [(r.predicted_ms, r.latency_ms, r) for r in report.evaluations if r.predicted_ms is not None]
     loss = [(r.predicted_loss, r.loss, r) for r in report.evaluations if r.predicted_loss is not None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mixerzoo_search.palette import ACCENT, BAD, CARD, GOOD, INK, LINE, PAGE, SOFT
+from mixerzoo_search.report.palette import ACCENT, BAD, CARD, GOOD, INK, LINE, PAGE, SOFT
 
 CSS = f"""
 *{{box-sizing:border-box}}

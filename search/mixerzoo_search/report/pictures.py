@@ -15,8 +15,9 @@ from matplotlib.patches import FancyBboxPatch, Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from mixerzoo.plan import KEEP, KEEP_LETTER, Candidate
-from mixerzoo_search import numbers
-from mixerzoo_search.frontier_view import (
+from mixerzoo_search.report import numbers
+from mixerzoo_search.report.content import STATISTICS, EvaluationRow, Profile, Report, SiteRow
+from mixerzoo_search.report.frontier_view import (
     latency_range,
     listed_frontier,
     log_losses,
@@ -25,9 +26,17 @@ from mixerzoo_search.frontier_view import (
     shown_losses,
     site_labels,
 )
-from mixerzoo_search.page import KIND_COLOURS, STATISTICS
-from mixerzoo_search.palette import BAD, INK, LINE, SOFT, heat, ink_on, mixer_colours, source_styles
-from mixerzoo_search.report import EvaluationRow, Profile, Report, SiteRow
+from mixerzoo_search.report.palette import (
+    BAD,
+    INK,
+    KIND_COLOURS,
+    LINE,
+    SOFT,
+    heat,
+    ink_on,
+    mixer_colours,
+    source_styles,
+)
 
 DPI = 200
 LISTED = 6  # plans under the frontier

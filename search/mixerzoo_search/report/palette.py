@@ -8,6 +8,7 @@ from mixerzoo.plan import KEEP
 
 INK, SOFT, LINE, CARD, PAGE = "#1b2430", "#5c6773", "#e3e6ea", "#ffffff", "#f6f7f9"
 GOOD, BAD, ACCENT = "#007a5e", "#b84a00", "#0072b2"
+KIND_COLOURS = {"attention": ACCENT, "mlp": "#e69f00"}
 KEPT, REMOVED = "#e6e9ed", "#2f3640"
 
 # Okabe and Ito's eight, then Paul Tol's muted set; letters in the cells back them up.
