@@ -154,7 +154,7 @@ def open_npz(source: str) -> Dataset:
     """An .npz with images `x`, uint8 (n, H, W) or (n, H, W, 3), and optionally integer labels `y` (n,)."""
     path = Path(source)
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays: dict[str, np.ndarray[Any, Any]] = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, TypeError, BadZipFile, zlib.error) as error:
         raise MixerzooError(f"data '{source}': not a readable .npz file ({error})") from None

@@ -235,7 +235,10 @@ def take_steps(
         return nmse, 0
     optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=recipe.lr, total_steps=recipe.steps, pct_start=0.2
+        optimizer,
+        max_lr=recipe.lr,
+        total_steps=recipe.steps,
+        pct_start=0.2 if recipe.steps > 5 else 0.1,  # it divides by zero where the rise takes just one step
     )
     best, best_state, stale, step = nmse, copy.deepcopy(mixer.state_dict()), 0, 0
     every = max(1, recipe.steps // CHECKS)

@@ -266,8 +266,8 @@ def check_device(device: str, dtype: str) -> None:
     if dtype not in DTYPES:
         raise MixerzooError(f"dtype '{dtype}': known: {', '.join(DTYPES)}")
     try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # on the meta device there is nothing to be read
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0][:120]
         raise MixerzooError(f"device '{device}' is not available ({reason}); use --device cpu") from None
 

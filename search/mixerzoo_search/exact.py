@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,13 +89,14 @@ class _Program:
             (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))),
             shape=(upper.size, owner.size),
         ).tocsr()
-        result = milp(
-            np.where(allowed, self.cost / scale, 0.0),
-            integrality=np.ones(owner.size),
-            bounds=Bounds(0, allowed.astype(float)),
-            constraints=LinearConstraint(matrix, lower, upper),
-            options={"time_limit": seconds, "mip_rel_gap": OPTIMAL_GAP / 10},
-        )
+        with _hushed():
+            result = milp(
+                np.where(allowed, self.cost / scale, 0.0),
+                integrality=np.ones(owner.size),
+                bounds=Bounds(0, allowed.astype(float)),
+                constraints=LinearConstraint(matrix, lower, upper),
+                options={"time_limit": seconds, "mip_rel_gap": OPTIMAL_GAP / 10},
+            )
         if result.x is None:
             return None
         taken = np.array(
@@ -104,6 +107,24 @@ class _Program:
         )
         bound = result.mip_dual_bound
         return taken, -np.inf if bound is None else float(bound) * scale, result.status == 0
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep a trace that HiGHS prints now and then, whatever its options, off standard output: JSON may go there."""
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is no standard output
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def solve(

@@ -1,0 +1,290 @@
+"""The sequential refit: closer to the teacher on images it has not seen, exact where it can be."""
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from mixerzoo import MixerSpec, hookimpl
+from mixerzoo.capture import capture
+from mixerzoo.data import image_batches, open_data
+from mixerzoo.distill import Recipe, distill
+from mixerzoo.hosts import Replacement, as_teacher, assemble, open_teacher, run_stages
+from mixerzoo.hosts.timm_vit import TimmVitHost
+from mixerzoo.plan import Candidate
+from mixerzoo.refit import refit
+from mixerzoo.registry import get_registry, temporary_plugin
+from mixerzoo.score import Judge
+from mixerzoo.student import make_replacement
+
+IMAGES = 96
+TEACHERS = {
+    "plain": {},
+    "scaled": {"init_values": 0.3},
+    "registers": {"init_values": 0.5, "reg_tokens": 2},
+    "embedding": {"num_classes": 0},
+}
+
+
+def calibration():
+    return tiny.tiny_batches(IMAGES, batch_size=16)
+
+
+def held_out():
+    return tiny.tiny_batches(32, batch_size=16, seed=77)
+
+
+def stitched(teacher, names, batches=None):
+    """Distil a mixer for every named site, teacher-forced."""
+    batches = calibration() if batches is None else batches
+    captured = capture(teacher, batches, sum(map(len, batches)))
+    modules = {}
+    for name, mixer in names.items():
+        site, spec = teacher.site(name), get_registry().mixers.get(mixer)
+        width = max(spec.widths)
+        result = distill(spec, width, site, captured.sites[name], Recipe())
+        assert not result.failed
+        modules[name] = make_replacement(Candidate(mixer, width), site, result.state)
+    return modules
+
+
+@torch.inference_mode()
+def drift(teacher, modules, batches):
+    """Return the relative error of the student's hidden state behind the last block."""
+    stages, others = (
+        teacher.host.stages(model)[:-1] for model in (teacher.model, assemble(teacher.model, modules))
+    )
+    x = torch.cat(batches)
+    true, given = run_stages(stages, x), run_stages(others, x)
+    return float((given - true).square().sum() / (true - true.mean((0, 1))).square().sum())
+
+
+def attention_sites(teacher):
+    return [site for site in teacher.sites if site.kind == "attention"]
+
+
+def states(modules):
+    return {name: {k: v.clone() for k, v in m.state_dict().items()} for name, m in modules.items()}
+
+
+def changed(before, after):
+    return {
+        name for name in before if any(not torch.equal(before[name][k], after[name][k]) for k in before[name])
+    }
+
+
+@pytest.mark.parametrize("options", TEACHERS.values(), ids=TEACHERS)
+@pytest.mark.parametrize("mixer", ["static", "linear_attention", "pool", "linear"])
+def test_a_refitted_student_is_closer_to_its_teacher(options, mixer):
+    teacher = tiny.tiny_teacher(**options)
+    names = {site.name: mixer for site in attention_sites(teacher)}
+    modules = stitched(teacher, names)
+    before = drift(teacher, modules, held_out())
+    refit(teacher, modules, names, calibration())
+    after = drift(teacher, modules, held_out())
+    assert after < before
+
+
+@pytest.mark.parametrize("options", TEACHERS.values(), ids=TEACHERS)
+def test_with_narrower_mlps_too(options):
+    teacher = tiny.tiny_teacher(**options)
+    names = {site.name: "static" if site.kind == "attention" else "mlp_slice" for site in teacher.sites}
+    modules = stitched(teacher, names)
+    before = drift(teacher, modules, held_out())
+    refit(teacher, modules, names, calibration())
+    assert drift(teacher, modules, held_out()) < before
+
+
+def test_the_loss_of_a_trained_teacher_falls():
+    teacher, data = open_teacher("digits_vit"), open_data("digits")
+    batches, others = (
+        list(image_batches(data, part, teacher.image, 16))
+        for part in (data.splits.calibration[:64], data.splits.validation[:48])
+    )
+    names = {site.name: "pool" for site in attention_sites(teacher)}
+    modules = stitched(teacher, names, batches)
+    the_judge = Judge(teacher, others, None)
+    before = the_judge.evaluate_modules(modules)
+    refit(teacher, modules, names, batches)
+    after = the_judge.evaluate_modules(modules)
+    assert after.loss < 0.9 * before.loss
+    assert after.agreement > before.agreement
+
+
+def test_a_site_corrects_the_drift_before_it():
+    teacher = tiny.tiny_teacher()
+    first, last = teacher.sites[0], teacher.sites[-1]
+    names = {first.name: "none", last.name: "mlp_slice"}
+    modules = stitched(teacher, names)
+    alone = drift(teacher, {first.name: modules[first.name]}, held_out())
+    refit(teacher, modules, names, calibration())
+    assert drift(teacher, modules, held_out()) < alone
+
+
+def test_sites_without_a_readout_are_left_alone():
+    teacher = tiny.tiny_teacher()
+    names = dict(
+        zip([site.name for site in teacher.sites], ["none", "mlp_slice", "static", "none"], strict=True)
+    )
+    modules = stitched(teacher, names)
+    before = states(modules)
+    refit(teacher, modules, names, calibration())
+    assert changed(before, states(modules)) == {teacher.sites[1].name, teacher.sites[2].name}
+
+
+def test_sites_off_the_residual_stream_are_left_alone():
+    from timm.models.vision_transformer import ResPostBlock
+
+    teacher = tiny.tiny_teacher(block_fn=ResPostBlock)
+    names = {site.name: "pool" for site in attention_sites(teacher)}
+    modules = stitched(teacher, names)
+    before = states(modules)
+    refit(teacher, modules, names, calibration())
+    assert changed(before, states(modules)) == set()
+
+
+def test_a_teacher_in_one_piece_can_be_refitted():
+    class OneStage(TimmVitHost):
+        def stages(self, model):
+            return [model]
+
+    whole = tiny.tiny_teacher()
+    teacher = as_teacher(tiny.tiny_vit(), OneStage(), name="one")
+    assert {site.stage for site in teacher.sites} == {0}
+    names = {site.name: "pool" for site in attention_sites(teacher)}
+    modules, others = stitched(teacher, names), stitched(whole, names)
+    refit(teacher, modules, names, calibration())
+    refit(whole, others, names, calibration())
+    for name in names:
+        for key, tensor in modules[name].state_dict().items():
+            torch.testing.assert_close(tensor, others[name].state_dict()[key], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"init_values": 0.3}], ids=["plain", "scaled"])
+def test_whole_mlps_are_exact(options):
+    teacher = tiny.tiny_teacher(**options)
+    site = teacher.sites[1]
+    spec = get_registry().mixers.get("mlp_slice")
+    modules = {site.name: Replacement(spec.make(site, 1.0).eval().requires_grad_(False), site, masks=True)}
+    mlp, mixer = teacher.model.get_submodule(site.name), modules[site.name].mixer
+    mixer.fc1.load_state_dict(mlp.fc1.state_dict())
+    mixer.fc2.weight.copy_(torch.randn(24, 96))  # the readout is to be found
+    assert drift(teacher, modules, held_out()) > 0.1
+    refit(teacher, modules, {site.name: "mlp_slice"}, calibration())
+    assert drift(teacher, modules, held_out()) < 1e-6
+    torch.testing.assert_close(mixer.fc2.weight, mlp.fc2.weight, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("options", [{}, {"init_values": 0.3}], ids=["plain", "scaled"])
+def test_linear_mixers_are_exact_where_the_attention_is_linear(options):
+    model = tiny.tiny_vit(**options)
+    for block in model.blocks:
+        with (
+            torch.no_grad()
+        ):  # every token looks at itself alone: attention becomes a linear map of the token
+            block.attn.qkv.weight[: 2 * 24] = 0
+            block.attn.qkv.bias[: 2 * 24] = 0
+        block.attn.__class__ = _OnlyItself
+    teacher = as_teacher(model, _LinearHost(), name="linear")
+    names = {site.name: "linear" for site in attention_sites(teacher)}
+    modules = {site.name: make_replacement(Candidate("linear"), site) for site in attention_sites(teacher)}
+    assert drift(teacher, modules, held_out()) > 0.1
+    refit(teacher, modules, names, calibration())
+    assert drift(teacher, modules, held_out()) < 1e-6
+
+
+class _OnlyItself(nn.Module):
+    def forward(self, x, attn_mask=None, is_causal=False):
+        return self.proj(self.qkv(x)[..., 2 * x.shape[-1] :])
+
+
+class _LinearHost(TimmVitHost):
+    """Takes these modules for attention, which they are not."""
+
+    def _misbehaves(self, module, kind, call):
+        return None if isinstance(module, _OnlyItself) else super()._misbehaves(module, kind, call)
+
+
+def test_the_teacher_is_left_alone_and_hooks_are_gone():
+    from mixerzoo.hosts import fingerprint
+
+    teacher = tiny.tiny_teacher()
+    names = {site.name: "static" for site in attention_sites(teacher)}
+    modules = stitched(teacher, names)
+    refit(teacher, modules, names, calibration())
+    assert fingerprint(teacher.model) == teacher.fingerprint
+    for model in (teacher.model, *modules.values()):
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_progress_counts_sites():
+    teacher = tiny.tiny_teacher()
+    seen = []
+    refit(teacher, {}, {}, calibration()[:2], on_site=seen.append)
+    assert seen == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_few_batches_do(count):
+    teacher = tiny.tiny_teacher()
+    names = {site.name: "linear" for site in attention_sites(teacher)}
+    modules = stitched(teacher, names)
+    before = drift(teacher, modules, held_out())
+    refit(teacher, modules, names, tiny.tiny_batches(64 * count, batch_size=64))
+    assert drift(teacher, modules, held_out()) < before
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_the_last_batches_choose_the_penalty(count, monkeypatch):
+    from mixerzoo import refit as module
+
+    grams = []
+    solve = module.solve
+
+    def seen(train, choose, **options):
+        grams.append((train.rows, choose.rows))
+        return solve(train, choose, **options)
+
+    monkeypatch.setattr(module, "solve", seen)
+    teacher = tiny.tiny_teacher()
+    site = teacher.sites[0]
+    modules = {site.name: make_replacement(Candidate("linear"), site)}
+    refit(teacher, modules, {site.name: "linear"}, tiny.tiny_batches(4 * count, batch_size=4))
+    assert grams == [(17 * 4 * (count - 1), 17 * 4)]
+
+
+def test_too_few_images_do_no_harm():
+    """More features than rows: what the calibration images say about it is noise."""
+    teacher = tiny.tiny_teacher()
+    names = {site.name: "mlp_slice" for site in teacher.sites if site.kind == "mlp"}
+    spec = get_registry().mixers.get("mlp_slice")
+    modules = {}
+    for name in names:
+        site, mlp = teacher.site(name), teacher.model.get_submodule(name)
+        modules[name] = Replacement(spec.make(site, 1.0).eval().requires_grad_(False), site, masks=True)
+        modules[name].mixer.load_state_dict(mlp.state_dict())  # nothing is left to be gained
+    refit(teacher, modules, names, tiny.tiny_batches(3, batch_size=1))
+    assert drift(teacher, modules, held_out()) < 1e-4
+
+
+def test_a_readout_without_a_bias():
+    class NoBias(nn.Module):
+        def __init__(self, dim):
+            super().__init__()
+            self.readout = nn.Linear(dim, dim, bias=False)
+
+        def forward(self, x):
+            return self.readout(x)
+
+    class Plugin:
+        @hookimpl
+        def register_mixers(self, register):
+            register(MixerSpec(name="no_bias", build=NoBias, summary="-", readout="readout"))
+
+    with temporary_plugin(Plugin()):
+        teacher = tiny.tiny_teacher()
+        names = {site.name: "no_bias" for site in attention_sites(teacher)}
+        modules = stitched(teacher, names)
+        before = drift(teacher, modules, held_out())
+        refit(teacher, modules, names, calibration())
+        assert drift(teacher, modules, held_out()) < before
