@@ -8,7 +8,8 @@ from mixerzoo.data import BUILTIN_DATASETS, DatasetSpec
 from mixerzoo.hookspecs import hookimpl
 from mixerzoo.hosts import Host
 from mixerzoo.hosts.timm_vit import TimmVitHost
-from mixerzoo.latency import EAGER, RuntimeSpec
+from mixerzoo.latency import EAGER
+from mixerzoo.spec import RuntimeSpec
 
 
 @hookimpl

@@ -110,7 +110,7 @@ def check(names: tuple[str, ...], every: bool) -> None:
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Its weights, a safetensors file.")
 def sites(model: str, checkpoint: Path | None) -> None:
     """List the sites of a model, and what looks like one and is not."""
-    from mixerzoo.hosts import open_teacher
+    from mixerzoo.opening import open_teacher
 
     teacher = open_teacher(model, checkpoint)
     for site in teacher.sites:

@@ -247,18 +247,6 @@ BUILTIN_DATASETS = (
 )
 
 
-def open_data(source: str) -> Dataset:
-    """Open a `--data` value with the last registered kind of data that accepts it.
-
-    Raises:
-        MixerzooError: if it is not there, empty, or not what it looks like.
-    """
-    from mixerzoo.registry import get_registry
-
-    spec = next(spec for spec in reversed(list(get_registry().datasets)) if spec.accepts(source))
-    return spec.open(source)
-
-
 def image_batches(
     data: Dataset, indices: Sequence[int], config: ImageConfig, batch_size: int = 32
 ) -> Iterator[torch.Tensor]:

@@ -12,8 +12,7 @@ if TYPE_CHECKING:
 
     from mixerzoo.data import DatasetSpec
     from mixerzoo.hosts import Host
-    from mixerzoo.latency import RuntimeSpec
-    from mixerzoo.spec import MixerSpec
+    from mixerzoo.spec import MixerSpec, RuntimeSpec
 
 GROUP = "mixerzoo"
 

@@ -24,7 +24,7 @@ from mixerzoo.errors import MixerzooError
 from mixerzoo.hosts import Replacement, Teacher, assemble
 from mixerzoo.plan import Candidate
 from mixerzoo.registry import get_registry
-from mixerzoo.spec import Site
+from mixerzoo.spec import RuntimeSpec, Site
 
 Run = Callable[[], object]
 
@@ -36,21 +36,6 @@ MIN_SAMPLE_MS = (
 )
 BETWEEN = 3  # subjects between two timings of the reference
 PLACED_PARAMS = 100_000_000  # a candidate stands at as many sites at once as stay below this
-
-
-@dataclass(frozen=True, kw_only=True)
-class RuntimeSpec:
-    """What a plugin registers to run students in another way.
-
-    Attributes:
-        name: of the runtime.
-        prepare: (model, example input) to a function that runs the model once, to completion.
-        summary: one line for the help text.
-    """
-
-    name: str
-    prepare: Callable[[nn.Module, torch.Tensor], Run]
-    summary: str = ""
 
 
 def prepare_eager(model: nn.Module, example: torch.Tensor) -> Run:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from mixerzoo.data import DatasetSpec
     from mixerzoo.hosts import Host
-    from mixerzoo.latency import RuntimeSpec
+    from mixerzoo.spec import RuntimeSpec
 
 STRICT_VARIABLE = "MIXERZOO_STRICT"
 

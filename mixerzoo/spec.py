@@ -1,4 +1,4 @@
-"""The contract between mixerzoo and a mixer: what a site is, what a mixer may ask for, what it promises.
+"""The contract between mixerzoo and its plugins: what a site is, what a mixer may ask for, what it promises.
 
 Shapes: B batch, N tokens, D model width, H heads, K head width.
 """
@@ -150,6 +150,22 @@ class MlpView:
 
 
 View = AttentionView | MlpView
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeSpec:
+    """What a plugin registers to run students in another way.
+
+    Attributes:
+        name: of the runtime.
+        prepare: (model, example input) to a function that runs the model once, to completion.
+        summary: one line for the help text.
+    """
+
+    name: str
+    prepare: Callable[[nn.Module, torch.Tensor], Callable[[], object]]
+    summary: str = ""
+
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 

@@ -17,10 +17,10 @@ from mixerzoo.data import (
     image_batches,
     load_images,
     load_labels,
-    open_data,
     shuffled_splits,
 )
 from mixerzoo.errors import MixerzooError
+from mixerzoo.opening import open_data
 from mixerzoo.registry import temporary_plugin
 
 GREY = ImageConfig(size=(1, 16, 16), mean=(0.5,), std=(0.25,), interpolation="bilinear")

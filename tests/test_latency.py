@@ -21,7 +21,6 @@ from mixerzoo.latency import (
     REFERENCE,
     WARMUP,
     Conditions,
-    RuntimeSpec,
     Stopwatch,
     Timing,
     check_device,
@@ -33,6 +32,7 @@ from mixerzoo.latency import (
 )
 from mixerzoo.plan import Candidate
 from mixerzoo.registry import temporary_plugin
+from mixerzoo.spec import RuntimeSpec
 
 
 class Clock:

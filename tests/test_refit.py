@@ -7,10 +7,11 @@ from torch import nn
 
 from mixerzoo import MixerSpec, hookimpl
 from mixerzoo.capture import capture
-from mixerzoo.data import image_batches, open_data
+from mixerzoo.data import image_batches
 from mixerzoo.distill import Recipe, distill
-from mixerzoo.hosts import Replacement, as_teacher, assemble, open_teacher, run_stages
+from mixerzoo.hosts import Replacement, as_teacher, assemble, run_stages
 from mixerzoo.hosts.timm_vit import TimmVitHost
+from mixerzoo.opening import open_data, open_teacher
 from mixerzoo.plan import Candidate
 from mixerzoo.refit import refit
 from mixerzoo.registry import get_registry, temporary_plugin

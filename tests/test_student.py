@@ -116,7 +116,7 @@ def test_a_plan_that_keeps_everything_is_the_teacher(named, tmp_path):
 
 
 def test_the_embedded_teacher_s_students_need_nothing_else(tmp_path):
-    teacher = mixerzoo.hosts.open_teacher("digits_vit")
+    teacher = mixerzoo.opening.open_teacher("digits_vit")
     student = student_of(teacher, {"blocks.3.attn": Candidate("pool")})
     save_student(tmp_path, student, teacher)
     assert torch.equal(outputs(load(tmp_path), (1, 32, 32)), outputs(student.model, (1, 32, 32)))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load as load_tensors
 
-from mixerzoo.data import load_images, load_labels, open_data
-from mixerzoo.hosts import open_teacher
+from mixerzoo.data import load_images, load_labels
+from mixerzoo.opening import open_data, open_teacher
 from mixerzoo.teachers import digits_vit
 
 

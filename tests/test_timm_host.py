@@ -9,16 +9,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mixerzoo.errors import MixerzooError
-from mixerzoo.hosts import (
-    Replacement,
-    adopt_teacher,
-    as_teacher,
-    assemble,
-    fingerprint,
-    open_teacher,
-    run_stages,
-)
+from mixerzoo.hosts import Replacement, as_teacher, assemble, fingerprint, run_stages
 from mixerzoo.hosts.timm_vit import TimmVitHost, _timm
+from mixerzoo.opening import adopt_teacher, open_teacher
 from mixerzoo.spec import AttentionView, MlpView
 from mixerzoo.teachers import digits_vit
 

@@ -206,37 +206,3 @@ def as_teacher(model: nn.Module, host: Host, *, name: str) -> Teacher:
         classifier=host.is_classifier(model),
         fingerprint=fingerprint(model),
     )
-
-
-def open_teacher(name: str, checkpoint: Path | None = None) -> Teacher:
-    """Load the teacher called `name`, with the weights of a local file if one is given.
-
-    Raises:
-        MixerzooError: for an unknown name (with a suggestion), weights that do not fit, or no sites.
-    """
-    from mixerzoo.registry import get_registry
-
-    hosts = list(get_registry().hosts)
-    for host in hosts:
-        if name in host.model_names() or name.split(".")[0] in host.model_names():
-            return as_teacher(host.load(name, checkpoint), host, name=name)
-    known = [known for host in hosts for known in host.model_names()]
-    raise MixerzooError(f"unknown model '{name}': {did_you_mean(name, known)}")
-
-
-def adopt_teacher(model: nn.Module) -> Teacher:
-    """Describe a model object; a copy is frozen, the object itself is left as it is.
-
-    Raises:
-        MixerzooError: if no host knows its family, or it has no sites.
-    """
-    from mixerzoo.registry import get_registry
-
-    hosts = list(get_registry().hosts)
-    for host in hosts:
-        if host.accepts(model):
-            return as_teacher(copy.deepcopy(model), host, name=type(model).__name__)
-    raise MixerzooError(
-        f"model of class {type(model).__name__}: no host knows it (hosts: {', '.join(h.name for h in hosts)}); "
-        "see register_hosts"
-    )

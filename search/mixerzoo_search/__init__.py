@@ -45,9 +45,8 @@ def search(
         MixerzooError: for anything the user can mend.
         BudgetOutOfReachError: if even the fastest plan is over the budget.
     """
-    from mixerzoo.data import open_data
     from mixerzoo.errors import MixerzooError
-    from mixerzoo.hosts import adopt_teacher, open_teacher
+    from mixerzoo.opening import adopt_teacher, open_data, open_teacher
     from mixerzoo.progress import Reporter
     from mixerzoo_search.pipeline import run_search
     from mixerzoo_search.run_directory import RunDirectory

@@ -32,10 +32,11 @@ from mixerzoo_search.results import make_report, model_card
 from mixerzoo_search.run_directory import RunDirectory
 from mixerzoo_search.scoring import Scored, additive, distill_closed_form, score, useful
 from mixerzoo_search.settings import Settings
-from mixerzoo_search.study import evaluations, open_study, run_study
+from mixerzoo_search.study import check_storage, evaluations, open_study, run_study
 from mixerzoo_search.summary import Findings, frontier_of, summarize
 from mixerzoo_search.timing import calibrate, demand_reachable, latency_table
 
+NAMED = 3  # unreadable images that are named on the terminal; `run.json` has them all
 SWEEP = 12  # budgets of the exact frontier
 NEAR = (1.0, 0.97, 0.94)  # times the budget: its own plans leave room for the error of the prediction
 
@@ -86,6 +87,13 @@ def run_search(
         "space": {site: [str(c) for c in row] for site, row in candidates.items()},
     }
     resumed = run.check(identity)
+    if storage is not None:
+        check_storage(storage)
+    if data.skipped:
+        reporter.note(
+            f"data '{data.name}': {len(data.skipped)} images cannot be read and are left out "
+            f"({', '.join(data.skipped[:NAMED])}{', ...' if len(data.skipped) > NAMED else ''})"
+        )
     with threads(settings.threads):
         teacher_ms = run.record()["teacher_ms"] if resumed else _time_teacher(stopwatch)
         tracker = Tracker(tracking_uri, f"mixerzoo {teacher.name}")
@@ -94,6 +102,7 @@ def run_search(
                 identity,
                 teacher_ms=teacher_ms,
                 environment=environment(conditions),
+                skipped_images=list(data.skipped),
                 command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             )
         context = Context(

@@ -123,10 +123,9 @@ def profile_command(
     from rich.console import Console
     from rich.table import Table
 
-    from mixerzoo.data import open_data
     from mixerzoo.errors import MixerzooError
-    from mixerzoo.hosts import open_teacher
     from mixerzoo.latency import Conditions, check_device, default_threads
+    from mixerzoo.opening import open_data, open_teacher
     from mixerzoo.progress import Reporter
     from mixerzoo_search.profile import profile, profile_table, write_profile
 

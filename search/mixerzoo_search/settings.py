@@ -100,6 +100,7 @@ class Settings:
             ("batch_size", 1),
             ("threads", 1),
             ("distill_steps", 0),
+            ("seed", 0),
         ):
             if getattr(self, name) < least:
                 flag = name.replace("_", "-")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import optuna
@@ -32,7 +33,7 @@ def open_study(
         MixerzooError: if the storage cannot be reached; its URL is named.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
+    with _answering(storage):
         return optuna.create_study(
             storage=storage,
             study_name=name,
@@ -40,6 +41,18 @@ def open_study(
             load_if_exists=True,
             sampler=PlanSampler(model=model, prior=prior, budget_ms=budget_ms, seed=seed),
         )
+
+
+def check_storage(storage: str) -> None:
+    """Raise MixerzooError if the storage cannot be reached; better before a search than in the middle of it."""
+    with _answering(storage):
+        optuna.storages.get_storage(storage)
+
+
+@contextmanager
+def _answering(storage: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # SQLAlchemy, its drivers and Optuna each raise their own
         reason = " ".join(str(error).split())[:160]
         raise MixerzooError(f"storage '{storage}': {reason}; give another --storage") from None

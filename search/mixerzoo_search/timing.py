@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -23,11 +24,27 @@ TOGETHER = 6  # students that are timed in the same rounds
 
 
 def latency_table(context: Context, candidates: Candidates) -> LatencyTable:
-    """Time every candidate in place, on the scale of the teacher's latency in this run."""
+    """Time every candidate in place, on the scale of the teacher's latency in this run.
+
+    A candidate that cannot run is named with its reason in `latency.json`, and takes for ever.
+    """
     stored = context.run.load("latency")
     if stored is None:
+        failed: dict[str, dict[str, str]] = {}
         with context.reporter.phase("latency of every candidate", ROUNDS) as report:
-            measured = measure_table(context.stopwatch, candidates, on_round=report)
+            try:
+                measured = measure_table(context.stopwatch, candidates, on_round=report)
+            except Exception:  # a plugin's mixer may raise anything: find out whose it was
+                failed = _failures(context, candidates)
+                if not any(failed.values()):
+                    raise
+                rest = {
+                    site: tuple(c for c in row if str(c) not in failed[site])
+                    for site, row in candidates.items()
+                }
+                measured = measure_table(context.stopwatch, rest, on_round=report)
+        for candidate, reason in sorted({pair for row in failed.values() for pair in row.items()}):
+            context.reporter.note(f"{candidate} cannot run, and is left out: {reason}")
         scale = context.teacher_ms / measured.base_ms
         stored = {
             "base_ms": context.teacher_ms,
@@ -35,9 +52,25 @@ def latency_table(context: Context, candidates: Candidates) -> LatencyTable:
                 site: {name: ms * scale for name, ms in row.items()}
                 for site, row in measured.change_ms.items()
             },
+            "failed": failed,
         }
         context.run.store("latency", stored)
-    return LatencyTable(base_ms=stored["base_ms"], change_ms=stored["change_ms"])
+    never = {site: dict.fromkeys(row, math.inf) for site, row in stored.get("failed", {}).items()}
+    change_ms = {site: row | never.get(site, {}) for site, row in stored["change_ms"].items()}
+    return LatencyTable(base_ms=stored["base_ms"], change_ms=change_ms)
+
+
+def _failures(context: Context, candidates: Candidates) -> dict[str, dict[str, str]]:
+    """Return, for each site, the candidates that cannot run there and the reasons."""
+    failed: dict[str, dict[str, str]] = {site: {} for site in candidates}
+    for site, row in candidates.items():
+        for candidate in row:
+            try:
+                module = make_replacement(candidate, context.teacher.site(site))
+                context.stopwatch.prepare(assemble(context.teacher.model, {site: module}))()
+            except Exception as error:
+                failed[site][str(candidate)] = " ".join(f"{type(error).__name__}: {error}".split())
+    return failed
 
 
 def demand_reachable(context: Context, model: AdditiveModel) -> None:
