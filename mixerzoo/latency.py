@@ -34,6 +34,7 @@ ROUNDS = 15
 MIN_SAMPLE_MS = (
     8.0  # a timing is a loop of at least this long, so that the clock and the scheduler matter less
 )
+QUIET = 1.1  # times the lower quartile of the reference: rounds above it are disturbed
 BETWEEN = 3  # subjects between two timings of the reference
 PLACED_PARAMS = 100_000_000  # a candidate stands at as many sites at once as stay below this
 
@@ -94,11 +95,12 @@ def measure(
 
     In each round the order is shuffled and the reference is timed again after every few subjects; a subject's
     ratio is its time over the mean of the reference before and after it. Its median is that ratio times the
-    reference's median, so that a slow spell of the machine hits both alike.
+    reference's median, so that a slow drift of the machine hits both alike. A short spell that hits only one of
+    them would spoil the ratio: rounds count in which the reference was about as quick as in its best quarter.
     """
     loops = {name: _loops(run, clock) for name, run in subjects.items()}
     others = [name for name in subjects if name != REFERENCE]
-    ratios: dict[str, list[float]] = {name: [] for name in others}
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in others}  # (reference, subject)
     reference: list[float] = []
     order = np.random.default_rng(0)
     for done in range(rounds):
@@ -111,14 +113,16 @@ def measure(
             after = _sample(subjects[REFERENCE], loops[REFERENCE], clock)
             reference.append(after)
             for name, ms in zip(part, times, strict=True):
-                ratios[name].append(2 * ms / (before + after))
+                samples[name].append(((before + after) / 2, ms))
             before = after
         on_round(done + 1)
     base = float(np.median(reference))
     low, high = np.quantile(reference, [0.25, 0.75])
     timings = {REFERENCE: Timing(median=base, low=float(low), high=float(high), ratio=1.0)}
     for name in others:
-        low, middle, high = np.quantile(ratios[name], [0.25, 0.5, 0.75])
+        limit = QUIET * np.quantile([beside for beside, _ in samples[name]], 0.25)
+        ratios = [ms / beside for beside, ms in samples[name] if beside <= limit]
+        low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
         timings[name] = Timing(
             median=base * float(middle), low=base * float(low), high=base * float(high), ratio=float(middle)
         )

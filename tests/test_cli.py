@@ -410,8 +410,8 @@ def test_profile_writes_its_page_and_refuses_as_search_does(here, place):
         (["--device", "nonsense"], "device 'nonsense'"),
         (["--runtime", "eagre"], "did you mean 'eager'?"),
         (["--data", "nowhere"], "data 'nowhere'"),
-        (["--batch-size", "0"], "batch"),
-        (["--threads", "0"], "threads"),
+        (["--batch-size", "0"], "--batch-size 0: give at least 1"),
+        (["--threads", "0"], "--threads 0: give at least 1"),
     ):
         assert_refused(CliRunner().invoke(main, [*words, *bad]), text)
     assert content(here) == before

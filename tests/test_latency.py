@@ -95,6 +95,16 @@ def test_outliers_do_not_count():
     assert found["a"].ratio == pytest.approx(0.5, rel=0.01)
 
 
+def test_a_disturbed_reference_does_not_make_a_student_look_fast():
+    noise = np.random.default_rng(0)
+
+    def disturbed():
+        return 10.0 * (4 if noise.random() < 0.4 else 1)
+
+    found = timings(Clock(), {"teacher": disturbed, "a": 5.0}, rounds=21)
+    assert found["a"].ratio == pytest.approx(0.5, rel=0.01)
+
+
 def test_quartiles_show_the_spread():
     noise = np.random.default_rng(0)
     found = timings(Clock(), {"teacher": 10.0, "a": lambda: 10 + 4 * noise.random()}, rounds=101)

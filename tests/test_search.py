@@ -1,7 +1,6 @@
 """The whole search on the tiny teacher: what it writes, what it promises, and what a bad plugin or file costs it."""
 
 import json
-import math
 from contextlib import contextmanager
 
 import numpy as np
@@ -9,7 +8,6 @@ import pytest
 import tiny
 import tiny_search
 import torch
-from mlflow import MlflowClient
 from PIL import Image
 from torch import nn
 
@@ -20,16 +18,15 @@ from mixerzoo.errors import BudgetOutOfReachError
 from mixerzoo.hosts import Replacement, count_params
 from mixerzoo.latency import Stopwatch
 from mixerzoo.opening import open_data, open_teacher
+from mixerzoo.opening import open_data, open_teacher
 from mixerzoo.plan import Plan
 from mixerzoo.registry import get_registry, temporary_plugin
 from mixerzoo.score import Judge
 from mixerzoo_search import finish, search
-from mixerzoo_search.pareto import non_dominated
 from mixerzoo_search.results import closing_lines
+from tiny_search import check_summary
 
-ROW = {"plan", "latency_ms", "predicted_ms", "params", "accuracy", "agreement", "loss"}
 VALIDATION = 12  # images of the 80 in the data
-PHASES = {"capture", "distill", "latency", "score", "exact", "study", "finetune"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,58 +67,6 @@ def start(place):
 @pytest.fixture(scope="module")
 def finished(start):
     return start("finished")
-
-
-def check_row(row, *, sites, labelled=True):
-    assert set(row) == ROW
-    assert list(row["plan"]) == sites
-    Plan.from_json(row["plan"])
-    assert row["latency_ms"] > 0
-    assert row["predicted_ms"] > 0
-    assert isinstance(row["params"], int)
-    assert row["params"] > 0
-    assert 0 <= row["agreement"] <= 1
-    assert row["loss"] >= 0
-    assert (0 <= row["accuracy"] <= 1) if labelled else row["accuracy"] is None
-
-
-def check_summary(summary, *, labelled=True):
-    """The schema: exactly these keys, numbers that JSON has, latencies above 0, fractions in [0, 1]."""
-    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
-    assert set(summary) == {
-        "schema", "teacher", "budget_ms", "met", "best", "pareto", "hypervolume", "evaluations", "latency_model",
-        "score_model", "wall_s", "environment",
-    }  # fmt: skip
-    teacher = summary["teacher"]
-    assert set(teacher) == {"name", "sites", "params", "latency_ms", "accuracy"}
-    assert summary["schema"] == 1
-    assert isinstance(teacher["sites"], int)
-    assert isinstance(teacher["params"], int)
-    assert teacher["latency_ms"] > 0
-    assert (0 <= teacher["accuracy"] <= 1) if labelled else teacher["accuracy"] is None
-    assert summary["budget_ms"] > 0
-    assert summary["met"] is (summary["best"] is not None)
-    sites = list(summary["pareto"][0]["plan"])
-    assert len(sites) == teacher["sites"]
-    rows = summary["pareto"] + ([summary["best"]] if summary["met"] else [])
-    for row in rows:
-        check_row(row, sites=sites, labelled=labelled)
-    front = [(row["latency_ms"], row["loss"]) for row in summary["pareto"]]
-    assert front == sorted(front)
-    assert len(non_dominated(front)) == len(front)
-    assert 0 <= summary["hypervolume"] <= 1
-    assert isinstance(summary["evaluations"], int)
-    assert summary["evaluations"] >= len(front)
-    assert set(summary["latency_model"]) == {"mape", "max_error", "spearman", "plans"}
-    assert 0 <= summary["latency_model"]["mape"] <= summary["latency_model"]["max_error"]
-    assert summary["latency_model"]["plans"] >= 20
-    assert set(summary["score_model"]) == {"spearman", "plans"}
-    for model in ("latency_model", "score_model"):
-        assert -1 <= summary[model]["spearman"] <= 1
-    assert set(summary["wall_s"]) == PHASES | {"total"}
-    assert all(seconds >= 0 for seconds in summary["wall_s"].values())
-    assert math.isclose(summary["wall_s"]["total"], sum(summary["wall_s"][name] for name in PHASES))
-    assert {"device", "threads", "dtype", "batch_size", "runtime", "versions"} <= set(summary["environment"])
 
 
 def on_test_images(student, data, *, name="tiny"):
@@ -201,13 +146,13 @@ def test_the_model_card_and_the_closing_lines_say_the_figures(finished, place):
 
 
 def mlflow_runs(place, path):
-    client = MlflowClient(tracking_uri=f"sqlite:///{place}/mlflow.db")
-    parent = client.get_run(json.loads((path / "run.json").read_text())["mlflow_run_id"])
-    children = client.search_runs(
-        [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
-    )
-    artifacts = {file.path for file in client.list_artifacts(parent.info.run_id)}
-    client._tracking_client.store.engine.dispose()
+    """Return the parent run of a run directory, its children and the names of its artifacts."""
+    with tiny_search.mlflow_client(place) as client:
+        parent = client.get_run(json.loads((path / "run.json").read_text())["mlflow_run_id"])
+        children = client.search_runs(
+            [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+        )
+        artifacts = {file.path for file in client.list_artifacts(parent.info.run_id)}
     return parent, list(children), artifacts
 
 

@@ -3,24 +3,37 @@
 Run as a script it is the command line with that host in it: tests that kill a search need a process of their own.
 """
 
+import json
+import math
+import os
+import signal
 import sys
+import time
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import tiny
+from mlflow import MlflowClient
 
 from mixerzoo import hookimpl
 from mixerzoo.errors import MixerzooError
 from mixerzoo.hosts import Replacement, count_params
 from mixerzoo.hosts.timm_vit import TimmVitHost
 from mixerzoo.latency import REFERENCE, Stopwatch, Timing
+from mixerzoo.plan import Plan
 from mixerzoo.registry import temporary_plugin
+from mixerzoo_search.pareto import non_dominated
 
 MIXERS = ("static", "pool", "linear", "none", "mlp_slice")
 # Enough for every phase to have something to do.
 FAST = {"trials": 10, "images": 40, "distill_steps": 4, "finetune_minutes": 0.004, "threads": 1}
 OUTSIDE_MS, ATTENTION_MS, MLP_MS = 0.5, 1.0, 0.8
 CLASSES = 10
+
+ROW = {"plan", "latency_ms", "predicted_ms", "params", "accuracy", "agreement", "loss"}
+PHASES = {"capture", "distill", "latency", "score", "exact", "study", "finetune"}
 
 
 class TinyHost(TimmVitHost):
@@ -92,16 +105,117 @@ def ruled_time(self, students, *, rounds=0, on_round=lambda done: None):
     return found
 
 
-def main(arguments, *, ruled=True):
-    """Run the command line with the tiny host."""
+def check_row(row, *, sites, labelled=True):
+    assert set(row) == ROW
+    assert list(row["plan"]) == sites
+    Plan.from_json(row["plan"])
+    assert row["latency_ms"] > 0
+    assert row["predicted_ms"] > 0
+    assert isinstance(row["params"], int)
+    assert row["params"] > 0
+    assert 0 <= row["agreement"] <= 1
+    assert row["loss"] >= 0
+    assert (0 <= row["accuracy"] <= 1) if labelled else row["accuracy"] is None
+
+
+def check_summary(summary, *, labelled=True):
+    """The schema: exactly these keys, numbers that JSON has, latencies above 0, fractions in [0, 1]."""
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    assert set(summary) == {
+        "schema", "teacher", "budget_ms", "met", "best", "pareto", "hypervolume", "evaluations", "latency_model",
+        "score_model", "wall_s", "environment",
+    }  # fmt: skip
+    teacher = summary["teacher"]
+    assert set(teacher) == {"name", "sites", "params", "latency_ms", "accuracy"}
+    assert summary["schema"] == 1
+    assert isinstance(teacher["sites"], int)
+    assert isinstance(teacher["params"], int)
+    assert teacher["latency_ms"] > 0
+    assert (0 <= teacher["accuracy"] <= 1) if labelled else teacher["accuracy"] is None
+    assert summary["budget_ms"] > 0
+    assert summary["met"] is (summary["best"] is not None)
+    sites = list(summary["pareto"][0]["plan"])
+    assert len(sites) == teacher["sites"]
+    rows = summary["pareto"] + ([summary["best"]] if summary["met"] else [])
+    for row in rows:
+        check_row(row, sites=sites, labelled=labelled)
+    front = [(row["latency_ms"], row["loss"]) for row in summary["pareto"]]
+    assert front == sorted(front)
+    assert len(non_dominated(front)) == len(front)
+    assert 0 <= summary["hypervolume"] <= 1
+    assert isinstance(summary["evaluations"], int)
+    assert summary["evaluations"] >= len(front)
+    assert set(summary["latency_model"]) == {"mape", "max_error", "spearman", "plans"}
+    assert 0 <= summary["latency_model"]["mape"] <= summary["latency_model"]["max_error"]
+    assert summary["latency_model"]["plans"] >= 20
+    assert set(summary["score_model"]) == {"spearman", "plans"}
+    for model in ("latency_model", "score_model"):
+        assert -1 <= summary[model]["spearman"] <= 1
+    assert set(summary["wall_s"]) == PHASES | {"total"}
+    assert all(seconds >= 0 for seconds in summary["wall_s"].values())
+    assert math.isclose(summary["wall_s"]["total"], sum(summary["wall_s"][name] for name in PHASES))
+    assert {"device", "threads", "dtype", "batch_size", "runtime", "versions"} <= set(summary["environment"])
+
+
+@contextmanager
+def mlflow_client(folder):
+    """Look into the store that a search left in a folder."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of what MLflow is made of
+        client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
+    yield client
+    client._tracking_client.store.engine.dispose()
+
+
+def main(arguments):
+    """Run the command line with the tiny host, and latency by rule."""
     from mixerzoo.cli import main as cli
 
-    if ruled:
-        Stopwatch.time = ruled_time
+    Stopwatch.time = ruled_time
     with temporary_plugin(TinyPlugin(), name="tiny"):
         cli(arguments)
 
 
+def serve():
+    """Run commands read from standard input in processes of their own, which need no imports any more.
+
+    A line in is JSON: the arguments, the folder to run in, and after how many seconds to kill, or null. A line out
+    is JSON: the exit code (or minus the signal), and the seconds it took.
+    """
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+
+    import mixerzoo_search.pipeline  # noqa: F401
+
+    for line in sys.stdin:
+        arguments, folder, limit = json.loads(line)
+        began = time.monotonic()
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                os.chdir(folder)
+                with open("printed.txt", "ab") as printed:
+                    os.dup2(printed.fileno(), 1)
+                    os.dup2(printed.fileno(), 2)
+                main(arguments)
+            except SystemExit as end:
+                code = end.code or 0
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        done, status = os.waitpid(child, os.WNOHANG)
+        while not done:
+            if limit is not None and time.monotonic() - began > limit:
+                os.kill(child, signal.SIGKILL)
+                limit = None
+            time.sleep(0.002)
+            done, status = os.waitpid(child, os.WNOHANG)
+        print(json.dumps([os.waitstatus_to_exitcode(status), time.monotonic() - began]), flush=True)
+
+
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
-    main(sys.argv[1:])
+    if sys.argv[1:] == ["serve"]:
+        serve()
+    else:
+        main(sys.argv[1:])

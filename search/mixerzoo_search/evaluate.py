@@ -17,7 +17,9 @@ from mixerzoo.student import make_replacement
 from mixerzoo_search.additive import AdditiveModel
 from mixerzoo_search.candidates import CandidateLibrary
 
-TRIAL_ROUNDS = 9
+TRIAL_ROUNDS = 11
+FINAL_ROUNDS = 25
+SURPRISE = 0.1  # relative difference of measured and predicted latency that calls for a longer measurement
 CACHED_MODULES = 64
 
 
@@ -107,17 +109,20 @@ class Evaluator:
         *,
         source: str,
         first: int = 0,
-        rounds: int = TRIAL_ROUNDS,
     ) -> PlanResult:
         """Judge and time a student; its stages before `first` are the teacher's."""
         judged = self.judge.evaluate(student, first=first)
+        predicted_ms = model.predict_ms(plan)
+        latency_ms = self.latency({"student": student})["student"]
+        if abs(latency_ms / predicted_ms - 1) > SURPRISE:
+            latency_ms = self.latency({"student": student}, rounds=FINAL_ROUNDS)["student"]
         return PlanResult(
             plan=plan,
             loss=judged.loss,
             agreement=judged.agreement,
             accuracy=judged.accuracy,
-            latency_ms=self.latency({"student": student}, rounds=rounds)["student"],
-            predicted_ms=model.predict_ms(plan),
+            latency_ms=latency_ms,
+            predicted_ms=predicted_ms,
             predicted_loss=model.predict_loss(plan),
             params=count_params(student),
             source=source,

@@ -15,12 +15,11 @@ from mixerzoo.refit import refit
 from mixerzoo.student import Student, load_student, save_student
 from mixerzoo_search.additive import AdditiveModel
 from mixerzoo_search.context import Context
-from mixerzoo_search.evaluate import PlanResult
+from mixerzoo_search.evaluate import FINAL_ROUNDS, PlanResult
 
 REFITTED = 3  # plans that are refitted
 TUNED = 2  # of these, how many are distilled as a whole
 MEASURED = 8  # plans that are measured again to find those
-FINAL_ROUNDS = 25
 REFIT_TOKENS = 65_536  # tokens that a readout is solved on: more no longer change it
 STRICTER = (
     0.97  # where every finalist misses the budget when measured again, the next ones must be this faster

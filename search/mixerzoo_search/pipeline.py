@@ -24,8 +24,8 @@ from mixerzoo_search import exact
 from mixerzoo_search.additive import AdditiveModel
 from mixerzoo_search.candidates import Candidates, list_candidates
 from mixerzoo_search.context import Context
-from mixerzoo_search.evaluate import PlanResult
-from mixerzoo_search.finish import FINAL_ROUNDS, finish
+from mixerzoo_search.evaluate import FINAL_ROUNDS, PlanResult
+from mixerzoo_search.finish import finish
 from mixerzoo_search.journal import Journal
 from mixerzoo_search.report import write_report
 from mixerzoo_search.results import make_report, model_card

@@ -129,9 +129,10 @@ def profile_command(
     from mixerzoo.progress import Reporter
     from mixerzoo_search.profile import profile, profile_table, write_profile
 
-    if images < 1:
-        raise MixerzooError(f"--images {images}: give at least 1")
     measured["threads"] = measured["threads"] if measured["threads"] is not None else default_threads()
+    for name, value in {"images": images, **measured}.items():
+        if isinstance(value, int) and value < 1:
+            raise MixerzooError(f"--{name.replace('_', '-')} {value}: give at least 1")
     check_device(measured["device"], measured["dtype"])
     teacher = open_teacher(model, checkpoint)
     found = profile(
