@@ -1,7 +1,8 @@
-# Set-up is kept in .venv; its stamps are made anew when what they depend on changes.
+# Everything lives in .venv, and is set up by the first command that needs it. Its stamps are made anew when
+# pyproject.toml or constraints.txt changes; until then nothing is installed twice.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test test-slow lint docs clean
 
@@ -11,8 +12,9 @@ demo: .venv/.installed
 test: lint
 	$(BIN)/pytest
 
+# pytest exits with 5 where no test is marked slow.
 test-slow: .venv/.installed-dev
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow || test $$? -eq 5
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
@@ -25,18 +27,21 @@ docs: .venv/.installed-dev
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
-.venv/bin/python:
-	$(PYTHON) -m venv .venv
-
-.venv/.installed: .venv/bin/python pyproject.toml constraints.txt
-	@echo "installing mixerzoo into .venv (once; one to three minutes)"
-	$(PIP) -e .
+# pip is the last thing that `venv` makes: without it an environment is not whole.
+.venv/.installed: pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "mixerzoo needs Python 3.11 or later; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(BIN)/pip || "$(PYTHON)" -m venv .venv
+	@echo "installing mixerzoo into .venv (once; some minutes)"
+	@$(PIP) -e .
 	@touch $@
 
-# mamba-ssm is the numerical reference of the mamba mixer. On a CPU it is built without its kernels and never
-# imported; where even that fails, the tests that read it skip and say so.
+# mamba-ssm is the numerical reference of the mamba mixer. It is built without its kernels and never imported;
+# where even that fails, the tests that read its source skip and say so.
 .venv/.installed-dev: .venv/.installed
-	$(PIP) -e '.[dev]'
-	@MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(PIP) --no-build-isolation --no-deps mamba-ssm \
-		|| echo "mamba-ssm cannot be built here: its parity tests will skip"
+	@echo "installing the development tools into .venv (once)"
+	@$(PIP) -e '.[dev]'
+	@MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
+		$(PIP) --no-build-isolation --no-deps mamba-ssm > .venv/mamba-ssm.log 2>&1 \
+		|| echo "mamba-ssm cannot be built here (.venv/mamba-ssm.log): tests that compare with it will skip"
 	@touch $@

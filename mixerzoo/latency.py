@@ -34,7 +34,8 @@ ROUNDS = 15
 MIN_SAMPLE_MS = (
     8.0  # a timing is a loop of at least this long, so that the clock and the scheduler matter less
 )
-QUIET = 1.1  # times the lower quartile of the reference: rounds above it are disturbed
+QUIET = 1.5  # times what a subject can do (its lowest tenth): samples above it are disturbed
+ENOUGH = 0.25  # share of the rounds that must be quiet for both sides
 BETWEEN = 3  # subjects between two timings of the reference
 PLACED_PARAMS = 100_000_000  # a candidate stands at as many sites at once as stay below this
 
@@ -96,7 +97,7 @@ def measure(
     In each round the order is shuffled and the reference is timed again after every few subjects; a subject's
     ratio is its time over the mean of the reference before and after it. Its median is that ratio times the
     reference's median, so that a slow drift of the machine hits both alike. A short spell that hits only one of
-    them would spoil the ratio: rounds count in which the reference was about as quick as in its best quarter.
+    them would spoil the ratio: where either took far longer than it can, the round does not count.
     """
     loops = {name: _loops(run, clock) for name, run in subjects.items()}
     others = [name for name in subjects if name != REFERENCE]
@@ -120,13 +121,25 @@ def measure(
     low, high = np.quantile(reference, [0.25, 0.75])
     timings = {REFERENCE: Timing(median=base, low=float(low), high=float(high), ratio=1.0)}
     for name in others:
-        limit = QUIET * np.quantile([beside for beside, _ in samples[name]], 0.25)
-        ratios = [ms / beside for beside, ms in samples[name] if beside <= limit]
-        low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+        low, middle, high = np.quantile(_quiet_ratios(samples[name], reference), [0.25, 0.5, 0.75])
         timings[name] = Timing(
             median=base * float(middle), low=base * float(low), high=base * float(high), ratio=float(middle)
         )
     return timings
+
+
+def _quiet_ratios(samples: Sequence[tuple[float, float]], reference: Sequence[float]) -> list[float]:
+    """Return the ratios of the rounds in which neither side was disturbed.
+
+    On a machine so busy that there are hardly any, each side's quiet samples are compared with the other's.
+    """
+    subject = [ms for _, ms in samples]
+    most_reference, most_subject = (QUIET * np.quantile(side, 0.1) for side in (reference, subject))
+    paired = [ms / beside for beside, ms in samples if beside <= most_reference and ms <= most_subject]
+    if len(paired) >= max(3, ENOUGH * len(samples)):
+        return paired
+    base = np.median([ms for ms in reference if ms <= most_reference])
+    return [ms / float(base) for ms in subject if ms <= most_subject]
 
 
 class Stopwatch:

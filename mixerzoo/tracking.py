@@ -60,6 +60,7 @@ class Tracker:
             _quiet()
             from mlflow import MlflowClient
 
+            _make_whole(self.uri)
             self._client: Any = MlflowClient(tracking_uri=self.uri)
             self.experiment_id = self._open_experiment()
 
@@ -270,6 +271,27 @@ def _check_reachable(uri: str) -> None:
         folder = Path(uri.removeprefix(_SQLITE)).absolute().parent
         if not folder.is_dir():
             raise FileNotFoundError(f"no directory '{folder}'")
+
+
+def _make_whole(uri: str) -> None:
+    """Make a new SQLite store under another name, and only then give it its own.
+
+    MLflow takes seconds and hundreds of transactions to make one; a process killed in between would leave a part
+    that MLflow can neither use nor mend.
+    """
+    path = Path(uri.removeprefix(_SQLITE)).absolute()
+    if not uri.startswith(_SQLITE) or "?" in uri or path.name == ":memory:" or path.exists():
+        return
+    from mlflow import MlflowClient
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        client: Any = MlflowClient(tracking_uri=f"{_SQLITE}{temporary}")
+        client._tracking_client.store.engine.dispose()
+        if not path.exists():  # another process may have been faster
+            temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _quiet() -> None:

@@ -24,7 +24,9 @@ from mixerzoo.teachers import digits_vit
 
 SCRIPT = Path(__file__).parent / "tiny_search.py"
 SEARCH = ["--model", "tiny", "--mixers", ",".join(tiny_search.MIXERS)]
-SEARCH += [word for name, value in tiny_search.FAST.items() for word in (f"--{name.replace('_', '-')}", f"{value}")]
+SEARCH += [
+    word for name, value in tiny_search.FAST.items() for word in (f"--{name.replace('_', '-')}", f"{value}")
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,7 +48,9 @@ def place(tmp_path_factory):
     for number in range(3):
         (folder / "broken" / f"{number}.png").write_bytes(b"not a picture")
     weights = digits_vit.build().state_dict()
-    save_file({name: tensor for name, tensor in weights.items() if "blocks.5" not in name}, folder / "short.st")
+    save_file(
+        {name: tensor for name, tensor in weights.items() if "blocks.5" not in name}, folder / "short.st"
+    )
     resnet = _timm().create_model("test_resnet", pretrained=False, num_classes=0)
     save_file(resnet.state_dict(), folder / "resnet.st")
     (folder / "words.st").write_text("not weights")
@@ -71,7 +75,8 @@ def search(place):
 
 def content(folder):
     return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
     }
 
 
@@ -148,7 +153,8 @@ def test_one_budget_is_given(search, here, budget):
 
 
 @pytest.mark.parametrize(
-    ("data", "text"), [("empty", "no image in it"), ("broken", "none of its 3 images can be read (first: 0.png)")]
+    ("data", "text"),
+    [("empty", "no image in it"), ("broken", "none of its 3 images can be read (first: 0.png)")],
 )
 def test_data_without_a_picture(search, here, place, data, text):
     assert_refused(search(data=data), str(place / data), text)
@@ -158,7 +164,11 @@ def test_data_without_a_picture(search, here, place, data, text):
 @pytest.mark.parametrize(
     ("model", "file", "texts"),
     [
-        ("digits_vit", "short.st", ["does not fit model 'digits_vit'", "'blocks.5.attn.proj.bias' is missing"]),
+        (
+            "digits_vit",
+            "short.st",
+            ["does not fit model 'digits_vit'", "'blocks.5.attn.proj.bias' is missing"],
+        ),
         ("test_vit", "short.st", ["does not fit model 'test_vit'", "'"]),
         ("digits_vit", "nowhere.st", ["no such file"]),
         ("digits_vit", "words.st", ["not a safetensors file"]),
@@ -184,6 +194,12 @@ def test_a_run_directory_of_something_else_is_left_alone(search, here):
     before = content(here)
     assert_refused(search("--out", "mine"), "not a run of mixerzoo", "--out")
     assert content(here) == before
+
+
+@pytest.fixture(scope="module")
+def store(finished):
+    """The option that names an MLflow store that is there already: a new one takes seconds to make."""
+    return "--tracking-uri", f"sqlite:///{finished[0]}/mlflow.db"
 
 
 @pytest.fixture(scope="module")
@@ -232,13 +248,13 @@ def test_a_run_directory_of_another_search_is_left_alone(search, finished, here,
     assert content(here) == {}
 
 
-def test_a_budget_out_of_reach_names_the_fastest_plan(search, here):
-    result = search(budget=("--budget", "5%"))
+def test_a_budget_out_of_reach_names_the_fastest_plan(search, here, store):
+    result = search(*store, budget=("--budget", "5%"))
     assert_refused(result, "budget 5% (0.205 ms)", "N2/N2", "0.68 ms", "4.1 ms", "--budget-ms 0.75", code=3)
     assert not list(here.rglob("best"))
 
 
-def test_a_budget_that_is_missed_in_the_end_is_code_3(search, here, monkeypatch):
+def test_a_budget_that_is_missed_in_the_end_is_code_3(search, here, store, monkeypatch):
     def time(self, students, *, rounds=0, on_round=lambda done: None):
         found = tiny_search.ruled_time(self, students, on_round=on_round)
         if set(students) != {"student"}:
@@ -246,14 +262,14 @@ def test_a_budget_that_is_missed_in_the_end_is_code_3(search, here, monkeypatch)
         return found | {"student": type(found["student"])(median=9, low=9, high=9, ratio=9.0)}
 
     monkeypatch.setattr(Stopwatch, "time", time)
-    result = search("--trials", "2", "--finetune-minutes", "0")
+    result = search(*store, "--trials", "2", "--finetune-minutes", "0")
     assert result.exit_code == 3
     assert result.stdout.startswith("no plan met 2.46 ms")
     assert result.stderr.startswith("mixerzoo: budget 60%")
     assert result.stderr.count("\n") == 1
 
 
-def test_broken_images_are_named_skipped_and_counted(search, here, place, monkeypatch):
+def test_broken_images_are_named_skipped_and_counted(search, here, store, monkeypatch):
     folder = here / "pictures"
     folder.mkdir()
     for number, image in enumerate(tiny_search.pictures(60)):
@@ -262,9 +278,13 @@ def test_broken_images_are_named_skipped_and_counted(search, here, place, monkey
         (folder / f"9{number}.png").write_bytes(b"not a picture")
     monkeypatch.setenv("FORCE_COLOR", "1")  # as if there were a terminal
     monkeypatch.setenv("COLUMNS", "200")
-    result = search("--data", "pictures", "--trials", "2", "--finetune-minutes", "0", "--out", "run")
+    options = ("--data", "pictures", "--trials", "2", "--finetune-minutes", "0", "--out", "run")
+    result = search(*store, *options)
     assert result.exit_code == 0, (result.stderr, result.exception)
-    assert "data 'pictures': 4 images cannot be read and are left out (90.png, 91.png, 92.png, ...)" in result.stderr
+    assert (
+        "data 'pictures': 4 images cannot be read and are left out (90.png, 91.png, 92.png, ...)"
+        in result.stderr
+    )
     record = json.loads((here / "run" / "run.json").read_text())
     assert record["skipped_images"] == [f"9{number}.png" for number in range(4)]
 
@@ -316,7 +336,9 @@ def test_mixers_lists_what_is_broken_below_the_table():
         raise ImportError("no module named 'gone'")
 
     try:
-        registry.load("bad", Origin(plugin="bad", distribution="mixerzoo-bad", version="3.2"), missing, strict=False)
+        registry.load(
+            "bad", Origin(plugin="bad", distribution="mixerzoo-bad", version="3.2"), missing, strict=False
+        )
         result = CliRunner().invoke(main, ["mixers"])
     finally:
         registry.broken[:] = before

@@ -174,6 +174,26 @@ def test_an_installed_plugin_is_found_and_passes_its_checks(fresh_env, tmp_path)
     assert {"shape", "any_length", "masks", "export", "inherit", "readout"} <= set(found["passed"])
 
 
+@pytest.mark.slow
+def test_a_search_takes_an_installed_plugins_mixer(fresh_env, tmp_path):
+    listed = run(fresh_env, "-m", "mixerzoo", "mixers", cwd=tmp_path)
+    assert any(line.split()[:4] == ["shift", "S", "mixerzoo-shift", "0.1.0"] for line in listed.splitlines())
+    words = ("--mixers", "shift,none", "--budget", "80%", "--images", "40", "--trials", "4", "--threads", "1")
+    words += ("--distill-steps", "0", "--finetune-minutes", "0", "--json")
+    said = run(fresh_env, "-W", "error::UserWarning", "-m", "mixerzoo", "search", *words, cwd=tmp_path)
+    summary = json.loads(said)
+    assert summary["met"]
+    chosen = {candidate for row in summary["pareto"] for candidate in row["plan"].values()}
+    assert chosen & {"shift@0.5", "shift@1"}
+    assert chosen <= {"keep", "none@1", "shift@0.5", "shift@1"}
+    plugins = json.loads((tmp_path / "runs" / "digits_vit-80%" / "run.json").read_text())["identity"][
+        "plugins"
+    ]
+    assert plugins["mixerzoo-shift"] == "0.1.0"
+    loads = "import mixerzoo, sys; mixerzoo.load(sys.argv[1])"
+    run(fresh_env, "-c", loads, tmp_path / "runs" / "digits_vit-80%", cwd=tmp_path)
+
+
 def test_the_plugins_own_tests_pass(fresh_env, source, tmp_path):
     tests = shutil.copytree(source / "plugins" / "mixerzoo-shift" / "tests", tmp_path / "tests")
     said = run(fresh_env, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", tests, cwd=tmp_path)

@@ -17,11 +17,24 @@ from tiny_search import check_summary
 
 from mixerzoo.latency import Stopwatch
 from mixerzoo.registry import temporary_plugin
+from mixerzoo.tracking import Tracker
 from mixerzoo_search import candidates, evaluate, finish, search, timing
 
 SCRIPT = Path(__file__).parent / "tiny_search.py"
 TRIALS = 8
-COMMAND = ["search", "--model", "tiny", "--data", "data.npz", "--budget", "60%", "--out", "run", "--threads", "1"]
+COMMAND = [
+    "search",
+    "--model",
+    "tiny",
+    "--data",
+    "data.npz",
+    "--budget",
+    "60%",
+    "--out",
+    "run",
+    "--threads",
+    "1",
+]
 COMMAND += ["--mixers", ",".join(tiny_search.MIXERS), "--images", "40", "--trials", str(TRIALS)]
 COMMAND += ["--distill-steps", "4", "--finetune-minutes", "0.004"]
 
@@ -30,7 +43,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="starts processe
 
 @pytest.fixture(scope="module")
 def run():
-    """Run a command in a folder, and kill it after some seconds if it still runs; return (exit code, seconds)."""
+    """Run the command in a folder, and kill it when told to if it still runs; return (exit code, seconds)."""
     with subprocess.Popen(
         [sys.executable, SCRIPT, "serve"],
         stdin=subprocess.PIPE,
@@ -39,8 +52,8 @@ def run():
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     ) as server:
 
-        def ran(folder, seconds=None):
-            server.stdin.write(json.dumps([COMMAND, str(folder), seconds]) + "\n")
+        def ran(folder, kill=None):
+            server.stdin.write(json.dumps([COMMAND, str(folder), kill]) + "\n")
             server.stdin.flush()
             code, took = json.loads(server.stdout.readline())
             return code, took
@@ -50,13 +63,28 @@ def run():
 
 
 @pytest.fixture(scope="module")
-def whole(run, tmp_path_factory):
-    """A run that nobody disturbed, and the seconds it took."""
-    folder = tmp_path_factory.mktemp("whole")
+def start(tmp_path_factory):
+    """A folder to start from: the data, and an MLflow store, which takes seconds to make."""
+    folder = tmp_path_factory.mktemp("start")
     tiny_search.write_npz(folder / "data.npz")
+    Tracker(f"sqlite:///{folder}/mlflow.db", "mixerzoo tiny").close()
+    (folder / "mlflow.db").rename(folder / "store")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(run, start, tmp_path_factory):
+    """A run that nobody disturbed, and the seconds it took."""
+    folder = prepared(tmp_path_factory.mktemp("whole"), start)
     code, took = run(folder)
     assert code == 0, (folder / "printed.txt").read_text()
     return folder, took
+
+
+def prepared(folder, start):
+    shutil.copy(start / "data.npz", folder)
+    shutil.copy(start / "store", folder / "mlflow.db")
+    return folder
 
 
 def index_of(folder):
@@ -80,7 +108,9 @@ def finished_trials(folder):
     if not path.exists():
         return {}
     with closing(sqlite3.connect(path)) as database:
-        if not database.execute("select 1 from sqlite_master where name = 'trial_user_attributes'").fetchall():
+        if not database.execute(
+            "select 1 from sqlite_master where name = 'trial_user_attributes'"
+        ).fetchall():
             return {}
         return dict(
             database.execute(
@@ -109,23 +139,17 @@ def kept(folder):
     return found
 
 
-def kill_and_resume(run, folder, delays):
-    """Kill the command after each of the delays, starting it anew each time; then let it end. Returns the kills."""
+def kill_and_resume(run, folder, moments):
+    """Kill the command at each of the moments, starting it anew each time; then let it end. Returns the kills."""
     before, kills = {}, 0
-    for delay in delays:
-        code, _ = run(folder, delay)
+    for moment in [*moments, None]:
+        code, _ = run(folder, moment)
         assert code in (0, -9), (folder / "printed.txt").read_text()
         kills += code == -9
         after = kept(folder)
-        print('KILL', code, len(after), len(finished_trials(folder)), [p.name for p in folder.iterdir()])
         assert {name: after.get(name) for name in before} == before
         before = after
-        if code == 0:
-            break
-    code, _ = run(folder)
-    assert code == 0, (folder / "printed.txt").read_text()
-    after = kept(folder)
-    assert {name: after.get(name) for name in before} == before
+    assert code == 0
     return kills
 
 
@@ -160,20 +184,151 @@ def delays_for(seed, kills, took, *, share):
 
 @needs_fork
 @pytest.mark.parametrize("seed", [0])
-def test_a_killed_search_goes_on(run, whole, tmp_path, seed):
+def test_a_killed_search_goes_on(run, start, whole, tmp_path, seed):
     undisturbed, took = whole
-    shutil.copy(undisturbed / "data.npz", tmp_path)
-    kills = kill_and_resume(run, tmp_path, delays_for(seed, 5, took, share=0.25))
+    folder = prepared(tmp_path, start)
+    kills = kill_and_resume(run, folder, delays_for(seed, 5, took, share=0.25))
     assert kills >= 3
-    assert_whole(tmp_path, undisturbed)
+    assert_whole(folder, undisturbed)
 
 
 @needs_fork
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_a_search_that_is_killed_twenty_times_goes_on(run, whole, tmp_path, seed):
+def test_a_search_that_is_killed_twenty_times_goes_on(run, start, whole, tmp_path, seed):
     undisturbed, took = whole
-    shutil.copy(undisturbed / "data.npz", tmp_path)
-    kills = kill_and_resume(run, tmp_path, delays_for(seed, 20, took, share=0.1))
+    folder = prepared(tmp_path, start)
+    kills = kill_and_resume(run, folder, delays_for(seed, 20, took, share=0.1))
     assert kills >= 10
+    assert_whole(folder, undisturbed)
+
+
+# In the order in which a search makes them.
+MOMENTS = (
+    ".mlflow.db.*.tmp", "mlflow.db", "run/run.json", "run/latency.json", "run/statistics.json",
+    "run/library/index.json", "run/scores.json", "run/stepped.json", "run/latency_check.json", "run/study.db", "run/finalists.json",
+    "run/finalists/*/plan.json", "run/best/model.safetensors", "run/report.html", "run/summary.json",
+)  # fmt: skip
+
+
+@needs_fork
+def test_a_search_goes_on_from_every_phase(run, whole, start, tmp_path):
+    undisturbed, _ = whole
+    shutil.copy(start / "data.npz", tmp_path)
+    kills = kill_and_resume(run, tmp_path, MOMENTS)
+    assert kills == len(MOMENTS)
     assert_whole(tmp_path, undisturbed)
+
+
+@pytest.fixture
+def here(start, tmp_path, monkeypatch):
+    """A folder of its own, with the tiny host and latency by rule in this process."""
+    prepared(tmp_path, start)
+    monkeypatch.setattr(Stopwatch, "time", tiny_search.ruled_time)
+    with temporary_plugin(tiny_search.TinyPlugin(), name="tiny"):
+        yield tmp_path
+
+
+def go(folder, store="mlflow.db", **changes):
+    options = {"mixers": tiny_search.MIXERS, "budget": "60%"} | tiny_search.FAST | {"trials": 4} | changes
+    uri = f"sqlite:///{folder}/{store}"
+    return search("tiny", folder / "data.npz", out=folder / "run", tracking_uri=uri, **options)
+
+
+def mlflow_runs(folder, path):
+    """Return the parent run of a run directory and the names of its children."""
+    with tiny_search.mlflow_client(folder) as client:
+        parent = client.get_run(json.loads((path / "run.json").read_text())["mlflow_run_id"])
+        children = client.search_runs(
+            [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+        )
+    return parent, sorted(found.info.run_name for found in children)
+
+
+def without_time(summary):
+    return {name: value for name, value in summary.items() if name != "wall_s"}
+
+
+def test_a_finished_search_evaluates_nothing_again(here, monkeypatch):
+    first = go(here)
+    before = kept(here), mlflow_runs(here, first.path)[1]
+
+    def again(*_, **__):
+        raise AssertionError("this was done already")
+
+    for module, name in (
+        (candidates, "distill"), (timing, "measure_table"), (finish, "finetune"), (finish, "refit"),
+        (evaluate.Evaluator, "evaluate"), (evaluate.Evaluator, "evaluate_student"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, again)
+    second = go(here)
+    assert without_time(second.summary) == without_time(first.summary)
+    assert (kept(here), mlflow_runs(here, second.path)[1]) == before
+
+
+def test_more_trials_make_a_search_longer(here):
+    go(here, trials=2)
+    before = kept(here)
+    result = go(here, trials=5)
+    after = kept(here)
+    assert {name: after.get(name) for name in before} == before
+    assert len(finished_trials(here)) == 5
+    assert result.summary["evaluations"] >= 5
+    # Fewer than there are is no reason to throw any away.
+    assert go(here, trials=2).summary["evaluations"] >= 5
+
+
+def test_an_interrupted_search_is_marked_and_goes_on_in_the_same_run(here, monkeypatch):
+    evaluate_plan, calls = evaluate.Evaluator.evaluate, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return evaluate_plan(*args, **kwargs)
+
+    monkeypatch.setattr(evaluate.Evaluator, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        go(here)
+    parent, children = mlflow_runs(here, here / "run")
+    assert parent.info.status == "KILLED"
+    assert len(children) == len(finished_trials(here)) == 2
+    result = go(here)
+    again, children = mlflow_runs(here, here / "run")
+    assert (again.info.run_id, again.info.status) == (parent.info.run_id, "FINISHED")
+    assert len(children) == result.summary["evaluations"]
+    plans = [args[1] for args in calls]
+    done = plans[:2] + plans[3:]  # the third was in flight
+    assert len(set(done)) == len(done)
+
+
+def test_a_new_mlflow_store_gets_everything(here, start):
+    first = go(here)
+    shutil.copy(start / "store", here / "mlflow.db")
+    second = go(here)
+    assert without_time(second.summary) == without_time(first.summary)
+    parent, children = mlflow_runs(here, second.path)
+    assert parent.info.status == "FINISHED"
+    assert len(children) == second.summary["evaluations"]
+
+
+def test_what_a_killed_process_left_behind_breaks_nothing(here):
+    first = go(here, trials=2)
+    for folder in ("", "library", "best", "finalists"):
+        for name in (".index.json.1.tmp", ".summary.json.2.tmp", ".x.safetensors.3.tmp"):
+            (here / "run" / folder / name).write_bytes(b'{"half": ')
+    (here / "run" / "library" / "stranger.safetensors").write_bytes(b"")
+    (here / "run" / "finalists" / "half").mkdir()
+    (here / ".mlflow.db.4.tmp").write_bytes(b"half")
+    assert without_time(go(here, trials=2).summary) == without_time(first.summary)
+
+
+def test_a_library_whose_index_is_damaged_is_made_again(here):
+    first = go(here, trials=2)
+    before = index_of(here)
+    (here / "run" / "library" / "index.json").write_text('{"half": ')
+    second = go(here, trials=2)
+    assert {key: entry["sha256"] for key, entry in index_of(here).items()}.items() <= {
+        key: entry["sha256"] for key, entry in before.items()
+    }.items()
+    assert second.summary["best"]["plan"] == first.summary["best"]["plan"]

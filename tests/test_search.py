@@ -9,6 +9,7 @@ import tiny
 import tiny_search
 import torch
 from PIL import Image
+from tiny_search import check_summary
 from torch import nn
 
 import mixerzoo
@@ -18,13 +19,11 @@ from mixerzoo.errors import BudgetOutOfReachError
 from mixerzoo.hosts import Replacement, count_params
 from mixerzoo.latency import Stopwatch
 from mixerzoo.opening import open_data, open_teacher
-from mixerzoo.opening import open_data, open_teacher
 from mixerzoo.plan import Plan
 from mixerzoo.registry import get_registry, temporary_plugin
 from mixerzoo.score import Judge
 from mixerzoo_search import finish, search
 from mixerzoo_search.results import closing_lines
-from tiny_search import check_summary
 
 VALIDATION = 12  # images of the 80 in the data
 

@@ -176,18 +176,30 @@ def main(arguments):
         cli(arguments)
 
 
+def import_all():
+    """Import what a search imports on its way, and let timm make its list of models."""
+    import matplotlib.pyplot
+    import optuna.storages
+    from mlflow.store.tracking import sqlalchemy_store
+
+    from mixerzoo.opening import open_teacher
+    from mixerzoo_search import exact, pipeline
+
+    del matplotlib, optuna, sqlalchemy_store, exact, pipeline
+    with temporary_plugin(TinyPlugin(), name="tiny"):
+        open_teacher("tiny")
+
+
 def serve():
     """Run commands read from standard input in processes of their own, which need no imports any more.
 
-    A line in is JSON: the arguments, the folder to run in, and after how many seconds to kill, or null. A line out
-    is JSON: the exit code (or minus the signal), and the seconds it took.
+    A line in is JSON: the arguments, the folder to run in, and when to kill: after so many seconds, as soon as a
+    file of this pattern is there, or null. A line out is JSON: the exit code (or minus the signal), and the
+    seconds it took.
     """
-    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
-
-    import mixerzoo_search.pipeline  # noqa: F401
-
+    import_all()
     for line in sys.stdin:
-        arguments, folder, limit = json.loads(line)
+        arguments, folder, when = json.loads(line)
         began = time.monotonic()
         child = os.fork()
         if not child:
@@ -206,9 +218,10 @@ def serve():
                 os._exit(code)
         done, status = os.waitpid(child, os.WNOHANG)
         while not done:
-            if limit is not None and time.monotonic() - began > limit:
+            spent = time.monotonic() - began
+            due = any(Path(folder).glob(when)) if isinstance(when, str) else when is not None and spent > when
+            if due:
                 os.kill(child, signal.SIGKILL)
-                limit = None
             time.sleep(0.002)
             done, status = os.waitpid(child, os.WNOHANG)
         print(json.dumps([os.waitstatus_to_exitcode(status), time.monotonic() - began]), flush=True)

@@ -109,7 +109,7 @@ def _refitted(context: Context, result: PlanResult, model: AdditiveModel) -> Fin
     finalist = Finalist(
         result=evaluator.evaluate_student(result.plan, student, model, source="refit"), student=student
     )
-    if finalist.result.loss > result.loss:
+    if not finalist.result.loss <= result.loss:  # also where it is NaN
         finalist = Finalist(result=result, student=assemble(teacher.model, evaluator.modules(result.plan)))
     _save(context, folder, finalist)
     return finalist

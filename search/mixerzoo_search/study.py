@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from mixerzoo_search.sampler import PlanSampler
 STUDY_NAME = "mixerzoo"
 RESULT = "result"  # trial attribute: the evaluation as JSON
 SOURCE = "source"  # trial attribute: who proposed the plan
+REJECTED = "rejected"  # trial attribute: why its evaluation is no result
 
 
 def open_study(
@@ -79,6 +81,8 @@ def run_study(
 ) -> list[PlanResult]:
     """Evaluate plans until there are `trials` finished ones, or the minutes are up; return all of them.
 
+    A plan whose loss is not finite counts as a trial, and is no result.
+
     Args:
         study: from `open_study`; its finished trials count.
         evaluate: (plan, source) to its result.
@@ -93,16 +97,22 @@ def run_study(
     for plan in seeds:
         study.enqueue_trial(plan.to_json(), user_attrs={SOURCE: "exact"}, skip_if_exists=True)
     began = time.monotonic()
-    done = len(evaluations(study))
+    done = len(evaluations(study)) + sum(
+        REJECTED in trial.user_attrs for trial in study.get_trials(deepcopy=False)
+    )
     size = _space_size(model, trials)
     while done < min(trials, size) and (minutes is None or time.monotonic() - began < 60 * minutes):
         trial = study.ask()
         plan = _suggested(trial, model)
         result = evaluate(plan, trial.user_attrs.get(SOURCE, "sampler"))
+        done += 1
+        if not math.isfinite(result.loss):
+            trial.set_user_attr(REJECTED, f"its loss is {result.loss}")
+            study.tell(trial, state=TrialState.FAIL)
+            continue
         trial.set_user_attr(RESULT, result.to_json())
         trial.set_constraint("latency_over_budget_ms", result.latency_ms - budget_ms)
         study.tell(trial, [result.loss, result.latency_ms])
-        done += 1
         on_result(result, done)
     return evaluations(study)
 

@@ -98,7 +98,7 @@ def demand_reachable(context: Context, model: AdditiveModel) -> None:
     raise BudgetOutOfReachError(
         f"budget {context.settings.budget.label} ({context.budget_ms:.3g} ms) is out of reach: the fastest plan, "
         f"{fastest.short_name(context.teacher.sites, context.letters)}, takes {ms:.3g} ms of the teacher's "
-        f"{context.teacher_ms:.3g} ms; {bound}; give at least --budget-ms {ms * 1.1:.2g}"
+        f"{context.teacher_ms:.3g} ms; {bound}; give at least --budget-ms {float(f'{ms * 1.1:.2g}'):g}"
     )
 
 

@@ -1,0 +1,149 @@
+"""A run directory: whose it is, what it holds, and how time adds up over phases, nesting and resumes."""
+
+import json
+
+import pytest
+
+from mixerzoo.errors import MixerzooError
+from mixerzoo_search import run_directory
+from mixerzoo_search.run_directory import PHASES, RunDirectory
+
+IDENTITY = {"model": "tiny", "seed": 0, "space": {"a": ["x"]}}
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunDirectory(tmp_path / "runs" / "mine")
+
+
+def test_a_new_one_is_only_checked(run):
+    assert run.check(IDENTITY) is False
+    assert not run.path.exists()
+    run.path.mkdir(parents=True)
+    assert run.check(IDENTITY) is False  # an empty folder will do
+    assert list(run.path.iterdir()) == []
+
+
+def test_a_started_one_goes_on(run):
+    run.start(IDENTITY, teacher_ms=4.5)
+    assert run.check(IDENTITY) is True
+    assert RunDirectory(run.path).check(dict(IDENTITY)) is True
+    assert run.record() == {"identity": IDENTITY, "teacher_ms": 4.5}
+
+
+@pytest.mark.parametrize(
+    ("identity", "text"),
+    [
+        (IDENTITY | {"seed": 1}, "(seed is 0 there, 1 here)"),
+        (IDENTITY | {"space": {"a": ["y"]}}, "(space is {'a': ['x']} there, {'a': ['y']} here)"),
+        (IDENTITY | {"new": 3}, "(new is None there, 3 here)"),
+        ({"model": "tiny", "seed": 0}, "(space is {'a': ['x']} there, None here)"),
+        (IDENTITY | {"model": "m" * 100}, "m" * 37 + "... here"),
+    ],
+)
+def test_another_search_is_refused_with_the_difference(run, identity, text):
+    run.start(IDENTITY)
+    before = (run.path / "run.json").read_bytes()
+    with pytest.raises(MixerzooError) as raised:
+        run.check(identity)
+    for part in (str(run.path), "holds another search", text, "give another --out"):
+        assert part in str(raised.value)
+    assert (run.path / "run.json").read_bytes() == before
+
+
+def test_something_else_is_refused(run):
+    run.path.mkdir(parents=True)
+    (run.path / "letter.txt").write_text("dear")
+    with pytest.raises(MixerzooError, match="holds something else; give another --out"):
+        run.check(IDENTITY)
+    with pytest.raises(MixerzooError, match="holds something else; give another --out"):
+        RunDirectory(run.path / "letter.txt").check(IDENTITY)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("{}", "not a run of mixerzoo"),
+        ('{"identity": 3}', "not a run of mixerzoo"),
+        ('{"half', "not readable as JSON"),
+    ],
+)
+def test_a_run_file_that_is_none_is_refused(run, content, text):
+    run.path.mkdir(parents=True)
+    (run.path / "run.json").write_text(content)
+    with pytest.raises(MixerzooError, match=text):
+        run.check(IDENTITY)
+
+
+def test_a_note_is_added(run):
+    run.start(IDENTITY, teacher_ms=4.5)
+    run.note(mlflow_run_id="abc")
+    run.note(mlflow_run_id="def", more=[1])
+    assert run.record() == {"identity": IDENTITY, "teacher_ms": 4.5, "mlflow_run_id": "def", "more": [1]}
+
+
+def test_parts_are_stored_and_loaded(run):
+    assert run.load("scores") is None
+    run.store("scores", {"a": 1.5})
+    assert run.load("scores") == {"a": 1.5}
+    assert json.loads((run.path / "scores.json").read_text()) == {"a": 1.5}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that is moved by hand."""
+
+    class Clock:
+        now = 100.0
+
+        def perf_counter(self):
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(run_directory, "time", clock)
+    return clock
+
+
+def test_no_time_was_spent_at_first(run):
+    assert run.wall_s() == dict.fromkeys(PHASES, 0.0)
+
+
+def test_time_inside_another_phase_is_its_own(run, clock):
+    with run.timed("score"):
+        clock.now += 1
+        with run.timed("distill"):
+            clock.now += 10
+            with run.timed("capture"):
+                clock.now += 100
+        with run.timed("distill"):
+            clock.now += 10
+        clock.now += 1
+    assert run.wall_s() == dict.fromkeys(PHASES, 0.0) | {"score": 2, "distill": 20, "capture": 100}
+
+
+def test_a_phase_inside_itself_is_counted_once(run, clock):
+    with run.timed("latency"):
+        clock.now += 1
+        with run.timed("latency"):
+            clock.now += 2
+    assert run.wall_s()["latency"] == 3
+
+
+def test_time_adds_up_over_starts_and_counts_where_a_phase_fails(run, clock):
+    with run.timed("study"):
+        clock.now += 5
+    again = RunDirectory(run.path)
+
+    def fails():
+        with again.timed("study"):
+            clock.now += 2
+            with again.timed("exact"):
+                clock.now += 1
+                raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        fails()
+    assert again.wall_s() == dict.fromkeys(PHASES, 0.0) | {"study": 7, "exact": 1}
+    with again.timed("study"):  # nothing is left over of the failed ones
+        clock.now += 1
+    assert again.wall_s()["study"] == 8

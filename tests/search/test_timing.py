@@ -1,0 +1,239 @@
+"""The latency phases with a rule instead of a clock: the table, the random plans, the affine law, the reach."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import tiny_search
+from torch import nn
+
+from mixerzoo import Caps, MixerSpec, hookimpl
+from mixerzoo.errors import BudgetOutOfReachError
+from mixerzoo.latency import Conditions, Stopwatch
+from mixerzoo.plan import Candidate
+from mixerzoo.progress import Reporter
+from mixerzoo.registry import get_registry, temporary_plugin
+from mixerzoo_search import timing
+from mixerzoo_search.additive import AdditiveModel
+from mixerzoo_search.candidates import list_candidates
+from mixerzoo_search.run_directory import RunDirectory
+from mixerzoo_search.settings import Budget
+from mixerzoo_search.timing import (
+    CHECK_PLANS,
+    FIT_PLANS,
+    calibrate,
+    demand_reachable,
+    latency_table,
+    random_plans,
+)
+
+
+def make_model(sites=6, *, seed=0):
+    rng = np.random.default_rng(seed)
+    scores = {
+        f"site{at}": {
+            Candidate("static", w): (float(rng.random()), -float(rng.random())) for w in (0.25, 0.5, 1.0)
+        }
+        for at in range(sites)
+    }
+    return AdditiveModel.from_scores(scores, base_ms=10.0)
+
+
+def test_random_plans_are_of_all_speeds():
+    model = make_model()
+    plans = random_plans(model, 200, seed=0)
+    replaced = [plan.replaced() for plan in plans]
+    assert set(replaced) == set(range(7))
+    assert min(replaced.count(number) for number in range(7)) >= 10  # about as many of each
+    latencies = [model.additive_ms(plan) for plan in plans]
+    slowest, fastest = model.base_ms, model.additive_ms(model.fastest())
+    for share in np.linspace(0, 0.8, 5):
+        low = fastest + share * (slowest - fastest)
+        assert any(low <= ms <= low + 0.25 * (slowest - fastest) for ms in latencies)
+    for at, site in enumerate(model.sites):
+        assert {plan[site] for plan in plans} == set(model.candidates[at])
+
+
+def test_random_plans_follow_the_seed():
+    model = make_model()
+    assert random_plans(model, 12, seed=3) == random_plans(model, 12, seed=3)
+    assert random_plans(model, 12, seed=3) != random_plans(model, 12, seed=4)
+
+
+def test_random_plans_keep_what_cannot_be_replaced():
+    model = AdditiveModel.from_scores({"a": {}, "b": {Candidate("none"): (1.0, -1.0)}}, base_ms=5.0)
+    plans = random_plans(model, 30, seed=0)
+    assert all(plan["a"].is_keep for plan in plans)
+    assert {plan["b"].is_keep for plan in plans} == {True, False}
+
+
+@pytest.fixture
+def context(tmp_path):
+    """What the phases ask of a search, with the tiny teacher and latency by rule."""
+    teacher = tiny.tiny_teacher()
+
+    class Ruled(Stopwatch):
+        time = tiny_search.ruled_time
+
+    stopwatch = Ruled(teacher, Conditions(threads=1))
+    return SimpleNamespace(
+        settings=SimpleNamespace(seed=0, budget=Budget(ms=2.0)),
+        teacher=teacher,
+        run=RunDirectory(tmp_path / "run"),
+        reporter=Reporter(quiet=True),
+        stopwatch=stopwatch,
+        teacher_ms=tiny_search.ruled_ms(teacher.model),
+        budget_ms=2.0,
+        letters={spec.name: spec.letter for spec in get_registry().mixers},
+    )
+
+
+def candidates_of(context, *mixers):
+    return list_candidates(context.teacher.sites, mixers=mixers)
+
+
+def follow(context, monkeypatch, model, law):
+    """Let students take what `law` makes of their plan's additive latency; returns the plans that were timed."""
+    timed = []
+
+    def latency(students):
+        timed.extend(students.values())
+        return {name: law(model.additive_ms(plan)) for name, plan in students.items()}
+
+    monkeypatch.setattr(timing, "assemble", lambda _model, plan: plan)
+    context.evaluator = SimpleNamespace(modules=lambda plan: plan, latency=latency)
+    return timed
+
+
+@pytest.mark.parametrize(("intercept", "slope"), [(0.0, 1.0), (3.0, 1.2), (-0.5, 0.7)])
+def test_calibration_finds_an_affine_law(context, monkeypatch, intercept, slope):
+    model = make_model()
+    timed = follow(context, monkeypatch, model, lambda ms: intercept + slope * ms)
+    fitted, quality = calibrate(context, model)
+    assert fitted.intercept_ms == pytest.approx(intercept, abs=1e-6)
+    assert fitted.slope == pytest.approx(slope, rel=1e-6)
+    assert quality.plans == CHECK_PLANS >= 20
+    assert quality.max_error < 1e-6
+    assert quality.spearman == pytest.approx(1)
+    assert quality.to_json() == vars(quality)
+    assert timed == random_plans(model, FIT_PLANS + CHECK_PLANS, seed=0)
+
+
+def test_calibration_is_measured_once(context, monkeypatch):
+    model = make_model()
+    timed = follow(context, monkeypatch, model, lambda ms: 1 + ms)
+    first = calibrate(context, model)
+    before = len(timed)
+    assert calibrate(context, model) == first
+    assert len(timed) == before
+
+
+def test_the_error_is_that_of_plans_that_nothing_was_fitted_on(context, monkeypatch):
+    model = make_model()
+    timed = follow(context, monkeypatch, model, lambda ms: ms)
+    law = context.evaluator.latency
+
+    def later_ones_are_slower(students):
+        late = len(timed) >= FIT_PLANS
+        return {name: ms * (1.25 if late else 1.0) for name, ms in law(students).items()}
+
+    context.evaluator.latency = later_ones_are_slower
+    fitted, quality = calibrate(context, model)
+    assert (fitted.intercept_ms, fitted.slope) == pytest.approx((0, 1), abs=1e-6)
+    assert quality.mape == pytest.approx(0.2)
+    assert quality.max_error == pytest.approx(0.2)
+
+
+def test_the_table_is_on_the_scale_of_the_run(context):
+    candidates = candidates_of(context, "none", "static")
+    context.teacher_ms *= 2  # the machine was twice as slow when the run began
+    table = latency_table(context, candidates)
+    assert table.base_ms == context.teacher_ms
+    assert set(table.change_ms) == set(candidates)
+    for site, row in candidates.items():
+        assert set(table.change_ms[site]) == {str(candidate) for candidate in row}
+        own = tiny_search.ATTENTION_MS if site.endswith("attn") else tiny_search.MLP_MS
+        assert table.change_ms[site]["none@1"] == pytest.approx(2 * -0.95 * own)
+
+
+def test_the_table_is_measured_once(context, monkeypatch):
+    candidates = candidates_of(context, "none")
+    first = latency_table(context, candidates)
+    monkeypatch.setattr(timing, "measure_table", None)
+    assert latency_table(context, candidates) == first
+
+
+class Fails(nn.Module):
+    def forward(self, x):
+        raise ValueError("no\nidea")
+
+
+class Plugin:
+    @hookimpl
+    def register_mixers(self, register):
+        register(MixerSpec(name="fails", build=lambda: Fails(), summary="", caps=Caps(any_length=True)))
+
+
+def test_a_candidate_that_cannot_run_takes_for_ever(context):
+    with temporary_plugin(Plugin()):
+        candidates = candidates_of(context, "none", "fails")
+        table = latency_table(context, candidates)
+        again = latency_table(context, candidates)
+    assert again == table
+    for site, row in table.change_ms.items():
+        assert row["none@1"] < 0
+        assert row.get("fails@1", math.inf) == math.inf
+        assert ("fails@1" in row) == site.endswith("attn")
+    stored = json.loads((context.run.path / "latency.json").read_text(), parse_constant=pytest.fail)
+    assert stored["failed"]["blocks.0.attn"] == {"fails@1": "ValueError: no idea"}
+
+
+def test_what_is_no_candidates_fault_is_raised(context, monkeypatch):
+    def breaks(*_, **__):
+        raise RuntimeError("the machine is on fire")
+
+    monkeypatch.setattr(timing, "measure_table", breaks)
+    with pytest.raises(RuntimeError, match="on fire"):
+        latency_table(context, candidates_of(context, "none"))
+    assert context.run.load("latency") is None
+
+
+def additive_of(context, *mixers):
+    candidates = candidates_of(context, *mixers)
+    table = latency_table(context, candidates)
+    return AdditiveModel.from_scores(
+        {site: {c: (0.0, table.change_ms[site][str(c)]) for c in row} for site, row in candidates.items()},
+        base_ms=context.teacher_ms,
+    )
+
+
+def test_a_budget_within_reach_passes_without_any_weights(context):
+    demand_reachable(context, additive_of(context, "none", "static"))
+
+
+@pytest.mark.parametrize(
+    ("mixers", "budget", "texts"),
+    [
+        (
+            ("none",),
+            0.5,
+            ["0.5ms (0.5 ms)", "N2/N2", "takes 0.68 ms", "4.1 ms", "outside the sites", "--budget-ms 0.75"],
+        ),
+        (("mlp_slice",), 2.0, ["2ms (2 ms)", "A2/", "2 of the 4 sites have no candidate"]),
+    ],
+)
+def test_a_budget_out_of_reach_is_refused_with_figures(context, mixers, budget, texts):
+    context.settings.budget, context.budget_ms = Budget(ms=budget), budget
+    model = additive_of(context, *mixers)
+    with pytest.raises(BudgetOutOfReachError) as raised:
+        demand_reachable(context, model)
+    for text in texts:
+        assert text in str(raised.value)
+    assert "\n" not in str(raised.value)
+    # What it says would do, does.
+    enough = float(str(raised.value).rpartition(" ")[2])
+    context.settings.budget, context.budget_ms = Budget(ms=enough), enough
+    demand_reachable(context, model)

@@ -1,0 +1,212 @@
+"""What the documents say is so: help texts, options, links, make targets, files of a run, and the README's plugin.
+
+`python tests/test_docs.py --write` (or `make docs`) writes docs/cli.md anew.
+"""
+
+import ast
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from mixerzoo.cli import main
+from mixerzoo.data import shuffled_splits
+from mixerzoo.registry import temporary_plugin
+from mixerzoo.testing import run_checks
+from mixerzoo_search import context
+
+ROOT = Path(__file__).parent.parent
+CLI = ROOT / "docs" / "cli.md"
+HOW = ROOT / "docs" / "how-it-works.md"
+README = ROOT / "README.md"
+GUIDES = sorted([README, *(ROOT / "docs").glob("*.md")])
+PAGES = sorted(
+    [
+        *GUIDES,
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "CHANGELOG.md",
+        *ROOT.glob("benchmarks/*.md"),
+        *ROOT.glob("plugins/*/*.md"),
+    ]
+)
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+
+
+def commands():
+    """Return name -> command of mixerzoo's own; plugins that happen to be installed may have added more."""
+    top = click.Context(main)
+    found = {name: main.get_command(top, name) for name in main.list_commands(top)}
+    return {name: c for name, c in found.items() if c.callback.__module__.startswith("mixerzoo")}
+
+
+def help_of(*words):
+    """Return what `mixerzoo WORDS --help` prints."""
+    told = CliRunner().invoke(main, [*words, "--help"], prog_name="mixerzoo", terminal_width=100)
+    assert told.exit_code == 0, told.output
+    return "\n".join(line.rstrip() for line in told.output.strip().splitlines())
+
+
+def reference():
+    """Return the text of docs/cli.md."""
+    parts = [
+        "# The command line",
+        "This page is what `--help` prints, written by `make docs`.\n"
+        "Long work shows its progress on a terminal, and is quiet elsewhere.\n"
+        "Exit codes, and what each means, are in [how it works](how-it-works.md#errors-and-exit-codes).",
+    ]
+    for name in commands():
+        parts += [f"## mixerzoo {name}", f"```text\n{help_of(name)}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def options_of(command):
+    """Return the flags that a command takes."""
+    return {"--help"} | {flag for p in command.params for flag in (*p.opts, *p.secondary_opts)}
+
+
+def headings(path):
+    """Return the anchors of a page as GitHub makes them."""
+    lines = re.findall(r"^#+ (.*)$", FENCE.sub("", path.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+def targets(path):
+    """Return the relative links of a page, code left out."""
+    text = re.sub(r"`[^`\n]*`", "", FENCE.sub("", path.read_text(encoding="utf-8")))
+    found = re.findall(r"\]\(([^)\s]+)\)", text)
+    return [target for target in found if not re.match(r"[a-z]+:", target)]
+
+
+def invocations(path):
+    """Return the `mixerzoo` command lines in the code of a page."""
+    text = path.read_text(encoding="utf-8")
+    code = "\n".join(block for language, block in FENCE.findall(text) if language != "python")
+    spans = re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+    lines = [line.partition("#")[0].strip() for line in [*code.splitlines(), *spans]]
+    return [line.split() for line in lines if re.match(r"mixerzoo [a-z]", line)]
+
+
+def test_the_page_of_the_command_line_is_what_help_prints():
+    assert CLI.read_text(encoding="utf-8") == reference(), "docs/cli.md is out of date: run `make docs`"
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.name)
+def test_every_command_and_option_that_is_shown_exists(path):
+    known = commands()
+    for _, *words in invocations(path):
+        assert words[0] in known, f"{path.name}: mixerzoo {words[0]}"
+        flags = {word for word in words if word.startswith("--")}
+        assert flags <= options_of(known[words[0]]), f"{path.name}: mixerzoo {' '.join(words)}"
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.name)
+def test_every_option_that_is_mentioned_exists(path):
+    known = {"--version"}.union(*map(options_of, commands().values()))
+    assert set(OPTION.findall(path.read_text(encoding="utf-8"))) <= known
+
+
+def test_every_option_of_a_benchmark_that_is_mentioned_exists():
+    source = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("benchmarks/*.py"))
+    mentioned = set(OPTION.findall((ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")))
+    assert mentioned <= set(OPTION.findall(source)) | {"--help"}
+
+
+def test_every_benchmark_is_listed():
+    page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    scripts = {path.name for path in ROOT.glob("benchmarks/*.py")}
+    assert {name for name in scripts if name not in page} == set()
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_relative_link_resolves(path):
+    for target in targets(path):
+        name, _, anchor = target.partition("#")
+        linked = (path.parent / name).resolve() if name else path
+        assert linked.exists(), f"{path.name}: {target}"
+        if anchor:
+            assert anchor in headings(linked), f"{path.name}: {target}"
+
+
+def test_the_readme_links_to_every_document():
+    linked = {(ROOT / target.partition("#")[0]).resolve() for target in targets(README)}
+    assert {path for path in (ROOT / "docs").iterdir() if path.resolve() not in linked} == set()
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_make_target_that_is_mentioned_exists(path):
+    rules = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    mentioned = re.findall(r"(?:`|^)make ([a-z-]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(mentioned) <= rules
+
+
+def test_every_extra_that_is_mentioned_exists():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    mentioned = {
+        name for path in PAGES for name in re.findall(r"mixerzoo\[(\w+)\]", path.read_text(encoding="utf-8"))
+    }
+    assert mentioned <= set(extras["optional-dependencies"])
+
+
+def test_the_plugin_of_the_readme_passes_its_checks():
+    (source,) = re.findall(
+        r"^<!-- plugin example -->\n```python\n(.*?)^```$",
+        README.read_text(encoding="utf-8"),
+        re.MULTILINE | re.DOTALL,
+    )
+    namespace = {}
+    exec(source, namespace)
+
+    class Plugin:
+        register_mixers = staticmethod(namespace["register_mixers"])
+
+    with temporary_plugin(Plugin()) as registry:
+        results = run_checks(registry.mixers.get("mean"))
+    assert [result.message for result in results if result.failed] == []
+    assert {"shape", "tokens_mix", "readout"} <= {result.name for result in results if result.passed}
+
+
+def test_every_file_that_a_search_keeps_is_described():
+    search = ROOT / "search" / "mixerzoo_search"
+    source = "".join(path.read_text(encoding="utf-8") for path in search.rglob("*.py"))
+    kept = {f"{name}.json" for name in re.findall(r"\brun\.(?:store|load)\(\"(\w+)\"", source)}
+    kept |= set(re.findall(r"\"(\w+\.(?:json|html|png|db|safetensors))\"", source))
+    text = HOW.read_text(encoding="utf-8")
+    assert {"run.json", "scores.json", "plan.json", "report.html"} <= kept
+    assert {name for name in kept if not re.search(rf"[`/]{re.escape(name)}`", text)} == set()
+
+
+def test_every_key_of_the_summary_is_described():
+    tree = ast.parse((ROOT / "search" / "mixerzoo_search" / "summary.py").read_text(encoding="utf-8"))
+    keys = {
+        key.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Dict)
+        for key in node.keys
+        if isinstance(key, ast.Constant)
+    }
+    text = HOW.read_text(encoding="utf-8")
+    section = text[text.index("## summary.json") :].partition("\n## ")[0]
+    assert {"schema", "teacher", "best", "pareto", "wall_s", "plan", "agreement"} <= keys
+    assert {key for key in keys if not re.search(rf"[`.]{key}\b", section)} == set()
+
+
+def test_the_numbers_of_images_are_those_of_the_code():
+    text = " ".join(HOW.read_text(encoding="utf-8").split())
+    assert f"{context.VALIDATION_IMAGES} validation images at most" in text
+    assert f"{context.TEST_IMAGES} test images at most" in text
+    splits = shuffled_splits(100)
+    for name, indices in vars(splits).items():
+        assert f"| {name} | {len(indices)} % |" in text
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--write"]:
+        sys.exit("usage: python tests/test_docs.py --write")
+    CLI.write_text(reference(), encoding="utf-8")
+    print(f"wrote {CLI.relative_to(ROOT)}")
