@@ -185,7 +185,7 @@ def main(
         out=out or Path("runs") / f"dinov2_mnist-{budget}",
         images=256 if quick else 768,
         trials=16 if quick else 48,
-        finetune_minutes=0.5 if quick else 4.0,
+        finetune_minutes=0.5 if quick else 2.0,
     )
     write(json_path, {"probe_accuracy": probe, "budget": budget, **headline(result.summary)})
 

@@ -10,7 +10,7 @@ from common import headline, json_option, quick_option, write
 
 from mixerzoo_search import search
 
-BUDGETS = ("80%", "65%", "50%")
+BUDGETS = ("65%", "50%")
 
 
 @click.command()

@@ -21,6 +21,7 @@ from mixerzoo.hosts.timm_vit import _timm
 from mixerzoo.latency import Stopwatch
 from mixerzoo.registry import Origin, get_registry, temporary_plugin
 from mixerzoo.teachers import digits_vit
+from mixerzoo_search.pipeline import SearchResult
 
 SCRIPT = Path(__file__).parent / "tiny_search.py"
 SEARCH = ["--model", "tiny", "--mixers", ",".join(tiny_search.MIXERS)]
@@ -437,3 +438,20 @@ def test_profile_writes_its_page_and_refuses_as_search_does(here, place):
     ):
         assert_refused(CliRunner().invoke(main, [*words, *bad]), text)
     assert content(here) == before
+
+
+def test_json_ends_with_3_where_no_student_met_the_budget(monkeypatch):
+    missed = SearchResult(path=Path("runs/x"), summary={"met": False})
+    monkeypatch.setattr("mixerzoo_search.search", lambda **_: missed)
+    result = CliRunner().invoke(main, ["search", "--budget-ms", "5", "--json"])
+    assert json.loads(result.stdout) == {"met": False}
+    assert result.exit_code == 3
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("budget", ["abc", "-1", "0", "nan", "60%"])
+def test_a_bad_budget_is_quoted_as_it_was_given(budget):
+    result = CliRunner().invoke(main, ["search", f"--budget-ms={budget}"])
+    assert result.exit_code == 2
+    assert budget in result.stderr
+    assert f"{budget}ms" not in result.stderr

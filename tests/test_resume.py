@@ -206,8 +206,9 @@ def test_a_search_that_is_killed_twenty_times_goes_on(run, start, whole, tmp_pat
 # In the order in which a search makes them.
 MOMENTS = (
     ".mlflow.db.*.tmp", "mlflow.db", "run/run.json", "run/latency.json", "run/statistics.json",
-    "run/library/index.json", "run/scores.json", "run/stepped.json", "run/latency_check.json", "run/study.db", "run/finalists.json",
-    "run/finalists/*/plan.json", "run/best/model.safetensors", "run/report.html", "run/summary.json",
+    "run/library/index.json", "run/scores.json", "run/stepped.json", "run/latency_check.json", "run/study.db",
+    "run/finalists.json", "run/finalists/*/plan.json", "run/best/model.safetensors", "run/report.html",
+    "run/summary.json",
 )  # fmt: skip
 
 

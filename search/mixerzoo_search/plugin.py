@@ -74,7 +74,7 @@ def search_command(**options: Any) -> None:
     With nothing but a budget it searches the embedded teacher on the embedded digits. The same command goes on
     where a killed one stopped.
     """
-    from mixerzoo.errors import MixerzooError
+    from mixerzoo.errors import BudgetOutOfReachError, MixerzooError
     from mixerzoo.latency import default_threads
     from mixerzoo.tracking import resolve_uri
     from mixerzoo_search import search
@@ -85,7 +85,9 @@ def search_command(**options: Any) -> None:
     if (budget_ms is None) == (options["budget"] is None):
         raise MixerzooError("give one of --budget-ms 5 and --budget 60%")
     if budget_ms is not None:
-        options["budget"] = f"{budget_ms}ms"
+        if budget_ms.strip().endswith("%"):
+            raise MixerzooError(f"--budget-ms {budget_ms}: give milliseconds, or --budget {budget_ms}")
+        options["budget"] = budget_ms  # Budget takes a plain number for milliseconds
     Budget.parse(options["budget"])
     options["mixers"] = _words(options["mixers"])
     options["widths"] = _numbers(options["widths"])
@@ -95,11 +97,9 @@ def search_command(**options: Any) -> None:
     result = search(**options)
     if as_json:
         click.echo(json.dumps(result.summary, indent=2))
-        return
-    click.echo("\n".join(closing_lines(result.summary, result.path, tracking_uri)))
+    else:
+        click.echo("\n".join(closing_lines(result.summary, result.path, tracking_uri)))
     if not result.summary["met"]:
-        from mixerzoo.errors import BudgetOutOfReachError
-
         raise BudgetOutOfReachError(
             f"budget {options['budget']}: no student met it when it was measured again"
         )
