@@ -102,7 +102,7 @@ class Plan:
         return sum(not candidate.is_keep for _, candidate in self.choices)
 
     def short_name(self, sites: Sequence[Site], letters: Mapping[str, str]) -> str:
-        """Return a nickname such as `A3-G4-N1`: run-length, one letter a mixer (A: as it was).
+        """Return a nickname such as `A3-G4-N1`: run-length, each mixer by its letter (A: as it was).
 
         Attention sites come first, then, after a slash, mlp sites. Widths are not in it.
         """

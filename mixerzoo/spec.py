@@ -168,6 +168,7 @@ class RuntimeSpec:
 
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
+_LETTER = re.compile(r"[A-Z][a-z]?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +187,8 @@ class MixerSpec:
             is then solved in closed form. Optional.
         cost: growth of time in N and D, such as `N D^2`.
         paper: reference, such as `arXiv 2006.16236`.
-        letter: one capital for short plan names; the first of the name unless given.
+        letter: for short plan names: a capital, with a lower-case letter if need be; the first of the name
+            unless given.
 
     The module maps (B, N, D) to (B, N, D); with `caps.masks` its forward also takes `mask`.
 
@@ -227,7 +229,11 @@ class MixerSpec:
                 f"mixer '{self.name}': build asks for {', '.join(sorted(unknown))}; offered: {', '.join(OFFERS)}"
             )
         object.__setattr__(self, "kinds", frozenset(self.kinds))
-        object.__setattr__(self, "letter", (self.letter or self.name[0]).upper()[:1])
+        object.__setattr__(self, "letter", self.letter or self.name[0].upper())
+        if not _LETTER.fullmatch(self.letter):
+            raise MixerzooError(
+                f"mixer '{self.name}': letter '{self.letter}' must be a capital, or one and a lower-case letter"
+            )
 
     @property
     def asks(self) -> tuple[str, ...]:

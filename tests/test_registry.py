@@ -319,3 +319,10 @@ def test_what_build_raises_is_quoted_with_the_site():
 def test_a_mixer_claims_nothing_unless_it_says_so():
     assert not any(vars(Caps()).values())
     assert mixer().letter == "G"
+
+
+@pytest.mark.parametrize("letter", ["g", "GG", "G1", "Gab"])
+def test_a_letter_is_a_capital_and_at_most_one_small_one(letter):
+    assert mixer(letter="Go").letter == "Go"
+    with pytest.raises(MixerzooError, match=f"letter '{letter}' must be a capital"):
+        mixer(letter=letter)

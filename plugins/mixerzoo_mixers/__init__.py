@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mixerzoo import MixerSpec, hookimpl
-from mixerzoo_mixers import channel, linear, recurrent, simple, ssm, token_mlp
+from mixerzoo_mixers import channel, linear, recurrent, shallow_ffn, simple, ssm, token_mlp
 
 
 @hookimpl
@@ -16,7 +16,7 @@ def register_mixers(register: Callable[[MixerSpec], None]) -> None:
     register(linear.LINEAR_ATTENTION)
     register(ssm.MAMBA)
     register(recurrent.MULTIHEAD_LSTM)
-    register(token_mlp.SHALLOW_FFN)
+    register(shallow_ffn.SHALLOW_FFN)
     register(simple.POOL)
     register(simple.LINEAR)
     register(simple.NONE)

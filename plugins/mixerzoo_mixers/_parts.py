@@ -6,7 +6,7 @@ Shapes: B batch, N tokens, D model width, H heads, K the teacher's head width, R
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixerzoo import AttentionView
@@ -99,7 +99,7 @@ def factor(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return a.to(left.dtype), b.to(right.dtype)
 
 
-def inherit_values(view: AttentionView, value: Tensor, readout: torch.nn.Linear) -> None:
+def inherit_values(view: AttentionView, value: Tensor, readout: nn.Linear) -> None:
     """Start the value projection (H, R, D) and a readout over [heads (H*R), rest] from the teacher, in place.
 
     The product of a head's value and output projection is kept as well as R allows. The value bias goes into the
@@ -116,3 +116,36 @@ def inherit_values(view: AttentionView, value: Tensor, readout: torch.nn.Linear)
     mixed[:, :, :kept] = out.transpose(0, 1)
     assert readout.bias is not None
     readout.bias.copy_(view.out_bias + view.out_weight @ view.v_bias)
+
+
+def inherit_qkv(view: AttentionView, qkv: nn.Linear, readout: nn.Linear, heads: int) -> None:
+    """Start q, k and v (one layer, D to 3 * heads * R) and a readout over [heads (H*R), rest] from the teacher.
+
+    Where R is less than K, the products that attention is made of are kept as well as R allows, by truncated SVD a
+    head: q with k (biases included, as a further column), v with the output projection. The teacher's scores are
+    q.k / sqrt(K) of its own K, whatever R is.
+    """
+    weights = [split_heads(w, heads, 0) for w in qkv.weight.chunk(3)]  # (H, R, D) each
+    biases = [split_heads(b, heads, 0) for b in qkv.bias.chunk(3)]
+    q, k = (
+        split_heads(torch.cat((w, b.unsqueeze(-1)), dim=-1), heads, 0)
+        for w, b in ((view.q_weight, view.q_bias), (view.k_weight, view.k_bias))
+    )
+    left, right = factor(q.mT, k, weights[0].shape[1])
+    for weight, bias, t in zip(weights, biases, (left.mT, right), strict=False):
+        kept = t.shape[1]
+        weight[:, :kept], bias[:, :kept] = t[..., :-1], t[..., -1]
+    biases[2].zero_()
+    inherit_values(view, weights[2], readout)
+
+
+def read_out(readout: nn.Linear, own: Tensor, shared: Tensor) -> Tensor:
+    """Apply the readout to [own (B, N, P); shared (B, 1, S) repeated for every token]; returns (B, N, D)."""
+    observed = readout._forward_hooks or readout._forward_pre_hooks
+    if type(readout) is nn.Linear and not observed:
+        # The same sum, but what all tokens share is mapped once and not N times.
+        split = own.shape[-1]
+        bias = F.linear(shared, readout.weight[:, split:], readout.bias)
+        return F.linear(own, readout.weight[:, :split]) + bias
+    y: Tensor = readout(torch.cat((own, shared.expand(-1, own.shape[1], -1)), dim=-1))
+    return y

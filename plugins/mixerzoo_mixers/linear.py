@@ -13,9 +13,8 @@ from mixerzoo import AttentionView, Caps, MixerSpec
 from mixerzoo_mixers._parts import (
     at_least_float,
     chunks,
-    factor,
     head_width,
-    inherit_values,
+    inherit_qkv,
     split_heads,
     unchunk,
     zero_padding,
@@ -76,24 +75,8 @@ class LinearAttention(nn.Module):
 
 
 def inherit_linear_attention(mixer: LinearAttention, view: AttentionView) -> None:
-    """Start with the teacher's q, k, v and output projections.
-
-    Below width 1, the products that attention is made of are kept as well as R allows, by truncated SVD a head:
-    q with k (biases included, as a further column), v with the output projection.
-    """
-    heads = mixer.heads
-    weights = [split_heads(w, heads, 0) for w in mixer.qkv.weight.chunk(3)]  # (H, R, D) each
-    biases = [split_heads(b, heads, 0) for b in mixer.qkv.bias.chunk(3)]
-    q, k = (
-        split_heads(torch.cat((w, b.unsqueeze(-1)), dim=-1), heads, 0)
-        for w, b in ((view.q_weight, view.q_bias), (view.k_weight, view.k_bias))
-    )
-    left, right = factor(q.mT, k, weights[0].shape[1])
-    for weight, bias, t in zip(weights, biases, (left.mT, right), strict=False):
-        kept = t.shape[1]
-        weight[:, :kept], bias[:, :kept] = t[..., :-1], t[..., -1]
-    biases[2].zero_()
-    inherit_values(view, weights[2], mixer.readout)
+    """Start with the teacher's q, k, v and output projections; see `inherit_qkv` for widths below 1."""
+    inherit_qkv(view, mixer.qkv, mixer.readout, mixer.heads)
 
 
 LINEAR_ATTENTION = MixerSpec(

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mixerzoo import AttentionView, Caps, MixerSpec
-from mixerzoo_mixers._parts import at_least_float, zero_padding
+from mixerzoo_mixers._parts import at_least_float, read_out, zero_padding
 
 
 class TokenLinear(nn.Module):
@@ -62,13 +61,13 @@ class Pool(nn.Module):
         x = zero_padding(x, mask)
         if self.causal:
             running = self._running_mean(x, mask)
-            return self._read(torch.cat((x, running), dim=-1), self._first(x, mask))
+            return read_out(self.readout, torch.cat((x, running), dim=-1), self._first(x, mask))
         if mask is None:
             mean = x.mean(dim=1, keepdim=True)
         else:
             mean = x.sum(dim=1, keepdim=True) / mask.sum(dim=1).clamp(min=1)[:, None, None].to(x.dtype)
         shared = torch.cat((self._first(x, mask), mean), dim=-1) if self.first else mean
-        return self._read(x, shared)
+        return read_out(self.readout, x, shared)
 
     @staticmethod
     def _first(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -82,18 +81,6 @@ class Pool(nn.Module):
         ones = torch.ones_like(x[:, :, 0], dtype=torch.bool) if mask is None else mask
         total = at_least_float(x).cumsum(dim=1)
         return (total / ones.cumsum(dim=1).clamp(min=1).unsqueeze(-1).to(total.dtype)).to(x.dtype)
-
-    def _read(self, own: Tensor, shared: Tensor) -> Tensor:
-        """Apply the readout to [own (B, N, P); shared (B, 1, S) repeated for every token]."""
-        readout = self.readout
-        observed = readout._forward_hooks or readout._forward_pre_hooks
-        if type(readout) is nn.Linear and not observed:
-            # The same sum, but what all tokens share is mapped once and not N times: a third of the work.
-            split = own.shape[-1]
-            bias = F.linear(shared, readout.weight[:, split:], readout.bias)
-            return F.linear(own, readout.weight[:, :split]) + bias
-        y: Tensor = readout(torch.cat((own, shared.expand(-1, own.shape[1], -1)), dim=-1))
-        return y
 
 
 def inherit_pool(mixer: Pool, view: AttentionView) -> None:

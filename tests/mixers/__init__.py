@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ SPECS = {spec.name: spec for spec in _SPECS}
 
 
 def site(spec: MixerSpec, **changes: Any) -> Site:
-    """A small site that `spec` can stand at."""
+    """A small site that `spec` can stand at; its grid is the least oblong one that its tokens make."""
     fields: dict[str, Any] = {
         "name": "blocks.0",
         "kind": sorted(spec.kinds)[0],
@@ -28,7 +29,11 @@ def site(spec: MixerSpec, **changes: Any) -> Site:
         "hidden": 40,
         "activation": "gelu",
     }
-    return Site(**{**fields, **changes})
+    fields |= changes
+    fields["prefix"] = min(fields.get("prefix", 0), fields["tokens"] - 1)
+    cells = fields["tokens"] - fields["prefix"]
+    rows = max(r for r in range(1, math.isqrt(cells) + 1) if cells % r == 0)
+    return Site(**{"grid": (rows, cells // rows), **fields})
 
 
 def draw_mask(batch: int, tokens: int) -> Tensor:

@@ -59,7 +59,7 @@ def test_scan_agrees_with_mamba_ssm(tokens: int, selective_scan_ref: Callable[..
 def test_scan_agrees_with_the_recurrence(tokens: int) -> None:
     u, delta, a, b, c = (t.requires_grad_() for t in scan_inputs(tokens, torch.double))
     got = ssm.selective_scan(u, delta, a, b, c)
-    expected = torch.stack([naive.selective_scan(u[i], delta[i], a, b[i], c[i]) for i in range(2)])
+    expected = torch.stack([naive.ssm.selective_scan(u[i], delta[i], a, b[i], c[i]) for i in range(2)])
     torch.testing.assert_close(got, expected)
     weights = torch.randn_like(got)
     for pair in zip(
