@@ -12,11 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from mixerzoo import AttentionView, Caps, MixerSpec
-from mixerzoo_mixers._parts import compact, expand, head_width, zero_padding
-
-# Heads that run as one LSTM have at most this many hidden units together: up to about here a step costs the same,
-# whatever it multiplies, and fewer steps win (measured on a CPU: 3 heads of 32 units 3.0 ms apart, 1.6 together).
-TOGETHER = 128
+from mixerzoo_mixers._parts import compact, expand, head_width, split_heads, zero_padding
+from mixerzoo_mixers.kernels import usable
+from mixerzoo_mixers.kernels.lstm import recurrence
 
 
 class MultiheadLstm(nn.Module):
@@ -32,9 +30,6 @@ class MultiheadLstm(nn.Module):
         super().__init__()
         hidden = head_width(dim, heads, width)
         head_dim = dim // heads
-        self.group = max(
-            g for g in range(1, heads + 1) if heads % g == 0 and (g == 1 or g * hidden <= TOGETHER)
-        )
         self.pre_proj = nn.Linear(dim, dim)
         self.lstm = nn.ModuleList(
             nn.LSTM(head_dim, hidden, batch_first=True, bidirectional=not causal) for _ in range(heads)
@@ -48,51 +43,46 @@ class MultiheadLstm(nn.Module):
         if mask is not None:
             x, mask, places = compact(zero_padding(x, mask), mask)
         inputs: Tensor = self.pre_proj(x)
-        # On a GPU the library wants each LSTM's weights in one piece; packed sequences are not worth a second way.
-        together = mask is None and self.group > 1 and not x.is_cuda
-        states = self._together(inputs) if together else self._apart(inputs, mask)
-        parts = [proj(state) for proj, state in zip(self.head_proj, states, strict=True)]
-        y: Tensor = self.post_proj(torch.cat(parts, dim=-1))
+        mixed = self._fused(inputs, mask) if usable("lstm", inputs) else self._apart(inputs, mask)
+        y: Tensor = self.post_proj(mixed)
         return y if mask is None else expand(y, places)
 
-    def _apart(self, inputs: Tensor, mask: Tensor | None) -> list[Tensor]:
-        """Run one LSTM after the other; returns what each head's projection gets, (B, N, directions * S)."""
-        heads = inputs.chunk(len(self.lstm), dim=-1)
-        if mask is None:
-            return [lstm(head)[0] for lstm, head in zip(self.lstm, heads, strict=True)]
-        lengths = mask.sum(dim=1).clamp(min=1).cpu()
-        states = []
-        for lstm, head in zip(self.lstm, heads, strict=True):
-            packed = pack_padded_sequence(head, lengths, batch_first=True, enforce_sorted=False)
-            states.append(
-                pad_packed_sequence(lstm(packed)[0], batch_first=True, total_length=mask.shape[1])[0]
-            )
-        return states
+    def _apart(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
+        """Run one LSTM after the other; returns the projected heads side by side, (B, N, D)."""
+        lengths = None if mask is None else mask.sum(dim=1).clamp(min=1).cpu()
+        parts = []
+        for lstm, proj, x in zip(
+            self.lstm, self.head_proj, inputs.chunk(len(self.lstm), dim=-1), strict=True
+        ):
+            if lengths is None:
+                states = lstm(x)[0]
+            else:
+                packed = lstm(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))[0]
+                states = pad_packed_sequence(packed, batch_first=True, total_length=x.shape[1])[0]
+            parts.append(proj(states))
+        return torch.cat(parts, dim=-1)
 
-    def _together(self, inputs: Tensor) -> list[Tensor]:
-        """Run each group of heads as one LSTM with block-diagonal weights; returns the same as `_apart`."""
-        group = self.group
-        states: list[Tensor] = []
-        eye = torch.eye(group, dtype=inputs.dtype, device=inputs.device).view(group, 1, group, 1)
-        for start, part in enumerate(inputs.chunk(len(self.lstm) // group, dim=-1)):
-            lstms = cast(list[nn.LSTM], list(self.lstm)[start * group : (start + 1) * group])
-            first = lstms[0]
-            directions, hidden = 1 + first.bidirectional, first.hidden_size
-            weights = []
-            for name, _ in first.named_parameters():
-                rows = torch.stack([getattr(lstm, name).view(4, hidden, -1) for lstm in lstms], dim=1)
-                # Rows go by gate, then head, then unit; a weight's columns by head.
-                if name.startswith("weight"):
-                    weights.append((rows.unsqueeze(3) * eye).flatten(3).flatten(0, 2))
-                else:
-                    weights.append(rows.flatten())
-            start_state = inputs.new_zeros(directions, inputs.shape[0], group * hidden)
-            y, _, _ = torch.lstm(
-                part, (start_state, start_state), weights, True, 1, 0.0, self.training, directions == 2, True
-            )
-            y = y.view(*y.shape[:2], directions, group, hidden)
-            states.extend(y.transpose(2, 3).flatten(3).unbind(2))
-        return states
+    def _fused(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
+        """Do the same with all recurrences in one kernel, and all products of one kind as one."""
+        batch, tokens, _ = inputs.shape
+        lstms = cast(list[nn.LSTM], list(self.lstm))
+        suffixes = ("", "_reverse") if lstms[0].bidirectional else ("",)
+
+        def stacked(name: str) -> Tensor:
+            return torch.stack([getattr(lstm, f"{name}_l0{suffix}") for suffix in suffixes for lstm in lstms])
+
+        heads = split_heads(inputs, len(lstms)).permute(2, 0, 1, 3).flatten(1, 2)  # (H, B * N, K)
+        inputs = heads.repeat(len(suffixes), 1, 1) @ stacked("weight_ih").mT.contiguous()
+        bias = stacked("bias_ih") + stacked("bias_hh")
+        lengths = None if mask is None else mask.sum(dim=1)
+        states = recurrence(
+            inputs.view(-1, batch, tokens, inputs.shape[2]), bias, stacked("weight_hh"), lengths, len(lstms)
+        )
+        both = torch.cat(states.flatten(1, 2).chunk(len(suffixes)), dim=-1)  # (H, B * N, directions * S)
+        projs = cast(list[nn.Linear], list(self.head_proj))
+        weight, bias = (torch.stack([getattr(p, name) for p in projs]) for name in ("weight", "bias"))
+        mixed = torch.baddbmm(bias.unsqueeze(1), both, weight.mT)
+        return mixed.view(-1, batch, tokens, mixed.shape[2]).permute(1, 2, 0, 3).flatten(2)
 
 
 def inherit_lstm(mixer: MultiheadLstm, view: AttentionView) -> None:

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from mixerzoo import Caps, MixerSpec
 from mixerzoo_mixers._parts import at_least_float, chunks, compact, expand, unchunk, zero_padding
+from mixerzoo_mixers.kernels import usable
+from mixerzoo_mixers.kernels.scan import scan as kernel_scan
 
 STATES = 16
 KERNEL = 4
@@ -82,6 +84,8 @@ def fused_scan() -> Callable[..., Any] | None:
 
 def scan(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """Do `selective_scan` by the fused kernel where there is one for these tensors, else in PyTorch."""
+    if usable("scan", u, delta, a, b, c):
+        return kernel_scan(u, delta, a, b, c)
     if u.is_cuda and u.dtype != torch.float64 and not torch.compiler.is_compiling():
         kernel = fused_scan()
         if kernel is not None:
