@@ -30,12 +30,12 @@ Run = Callable[[], object]
 
 REFERENCE = "teacher"
 WARMUP = 3
-ROUNDS = 15
 MIN_SAMPLE_MS = (
     8.0  # a timing is a loop of at least this long, so that the clock and the scheduler matter less
 )
 QUIET = 1.5  # times what a subject can do (its lowest tenth): samples above it are disturbed
 ENOUGH = 0.25  # share of the rounds that must be quiet for both sides
+DISTURBED = 0.1  # least relative error where they were not
 BETWEEN = 3  # subjects between two timings of the reference
 PLACED_PARAMS = 100_000_000  # a candidate stands at as many sites at once as stay below this
 
@@ -76,19 +76,50 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rounds:
+    """How long to measure: `least` rounds, and more, up to `most`, for every subject that is not known well enough.
+
+    Attributes:
+        least: rounds for every subject.
+        most: rounds at most.
+        precision: relative error of a ratio that is good enough.
+        slow: times the reference; for what is certainly slower than this, no precision is asked.
+    """
+
+    least: int = 9
+    most: int = 45
+    precision: float = 0.02
+    slow: float = float("inf")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Latency of one subject in ms: median and quartiles, and the median ratio to the reference beside it."""
+    """Latency of one subject.
+
+    Attributes:
+        median: in ms.
+        low: lower quartile in ms.
+        high: upper quartile in ms.
+        ratio: median ratio to the reference beside it.
+        error: half the width of the ratio's 95 % confidence interval, relative to it.
+    """
 
     median: float
     low: float
     high: float
     ratio: float
+    error: float
+
+    @property
+    def most(self) -> float:
+        """The ratio's upper bound: with 97.5 % confidence it is not above."""
+        return self.ratio * (1 + self.error)
 
 
 def measure(
     subjects: Mapping[str, Run],
     *,
-    rounds: int = ROUNDS,
+    rounds: Rounds = Rounds(),
     clock: Callable[[], float] = time.perf_counter,
     on_round: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Timing]:
@@ -97,17 +128,19 @@ def measure(
     In each round the order is shuffled and the reference is timed again after every few subjects; a subject's
     ratio is its time over the mean of the reference before and after it. Its median is that ratio times the
     reference's median, so that a slow drift of the machine hits both alike. A short spell that hits only one of
-    them would spoil the ratio: where either took far longer than it can, the round does not count.
+    them would spoil the ratio: where either took far longer than it can, the round does not count. A machine that
+    is not quiet is measured for more rounds; what is still not known then is said by `Timing.error`.
     """
     loops = {name: _loops(run, clock) for name, run in subjects.items()}
     others = [name for name in subjects if name != REFERENCE]
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in others}  # (reference, subject)
     reference: list[float] = []
     order = np.random.default_rng(0)
-    for done in range(rounds):
+    waiting = others
+    for done in range(rounds.most):
         before = _sample(subjects[REFERENCE], loops[REFERENCE], clock)
         reference.append(before)
-        shuffled = [others[i] for i in order.permutation(len(others))]
+        shuffled = [waiting[i] for i in order.permutation(len(waiting))]
         for start in range(0, len(shuffled), BETWEEN):
             part = shuffled[start : start + BETWEEN]
             times = [_sample(subjects[name], loops[name], clock) for name in part]
@@ -116,20 +149,31 @@ def measure(
             for name, ms in zip(part, times, strict=True):
                 samples[name].append(((before + after) / 2, ms))
             before = after
-        on_round(done + 1)
+        on_round(min(done + 1, rounds.least))
+        if done + 1 >= rounds.least:
+            estimates = {name: _estimate(samples[name], reference) for name in waiting}
+            waiting = [name for name in waiting if not _settled(estimates[name], rounds)]
+            if not waiting:
+                break
     base = float(np.median(reference))
+    timings = {name: _timing(_estimate(samples[name], reference), base) for name in others}
     low, high = np.quantile(reference, [0.25, 0.75])
-    timings = {REFERENCE: Timing(median=base, low=float(low), high=float(high), ratio=1.0)}
-    for name in others:
-        low, middle, high = np.quantile(_quiet_ratios(samples[name], reference), [0.25, 0.5, 0.75])
-        timings[name] = Timing(
-            median=base * float(middle), low=base * float(low), high=base * float(high), ratio=float(middle)
-        )
+    timings[REFERENCE] = Timing(median=base, low=float(low), high=float(high), ratio=1.0, error=0.0)
     return timings
 
 
-def _quiet_ratios(samples: Sequence[tuple[float, float]], reference: Sequence[float]) -> list[float]:
-    """Return the ratios of the rounds in which neither side was disturbed.
+@dataclass(frozen=True)
+class _Estimate:
+    ratios: list[float]
+    error: float
+
+    @property
+    def ratio(self) -> float:
+        return float(np.median(self.ratios))
+
+
+def _estimate(samples: Sequence[tuple[float, float]], reference: Sequence[float]) -> _Estimate:
+    """Estimate a ratio from the rounds in which neither side was disturbed.
 
     On a machine so busy that there are hardly any, each side's quiet samples are compared with the other's.
     """
@@ -137,9 +181,27 @@ def _quiet_ratios(samples: Sequence[tuple[float, float]], reference: Sequence[fl
     most_reference, most_subject = (QUIET * np.quantile(side, 0.1) for side in (reference, subject))
     paired = [ms / beside for beside, ms in samples if beside <= most_reference and ms <= most_subject]
     if len(paired) >= max(3, ENOUGH * len(samples)):
-        return paired
-    base = np.median([ms for ms in reference if ms <= most_reference])
-    return [ms / float(base) for ms in subject if ms <= most_subject]
+        return _Estimate(paired, _error(paired))
+    base = float(np.median([ms for ms in reference if ms <= most_reference]))
+    unpaired = [ms / base for ms in subject if ms <= most_subject]
+    return _Estimate(unpaired, max(DISTURBED, _error(unpaired)))
+
+
+def _error(ratios: Sequence[float]) -> float:
+    """Return half the width of the median's 95 % confidence interval, by order statistics, relative to the median."""
+    ranked, count = sorted(ratios), len(ratios)
+    first = max(0, int(count / 2 - 0.98 * count**0.5))
+    return (ranked[count - 1 - first] - ranked[first]) / 2 / float(np.median(ranked))
+
+
+def _settled(estimate: _Estimate, rounds: Rounds) -> bool:
+    certainly_slow = estimate.ratio * (1 - estimate.error) > rounds.slow
+    return estimate.error <= rounds.precision or certainly_slow
+
+
+def _timing(estimate: _Estimate, base: float) -> Timing:
+    low, middle, high = (float(q) for q in np.quantile(estimate.ratios, [0.25, 0.5, 0.75]))
+    return Timing(median=base * middle, low=base * low, high=base * high, ratio=middle, error=estimate.error)
 
 
 class Stopwatch:
@@ -167,7 +229,7 @@ class Stopwatch:
         self,
         students: Mapping[str, nn.Module],
         *,
-        rounds: int = ROUNDS,
+        rounds: Rounds = Rounds(),
         on_round: Callable[[int], None] = lambda done: None,
     ) -> dict[str, Timing]:
         """Time students beside the teacher; the result has `teacher` in it."""
@@ -194,11 +256,15 @@ class LatencyTable:
         return {"base_ms": self.base_ms, "change_ms": self.change_ms}
 
 
+# A slower candidate than the teacher's own module is of no use, however much slower: seen by a site's share.
+TABLE = Rounds(least=7, most=27, precision=0.015, slow=1.02)
+
+
 def measure_table(
     stopwatch: Stopwatch,
     candidates: Mapping[str, Sequence[Candidate]],
     *,
-    rounds: int = ROUNDS,
+    rounds: Rounds = TABLE,
     on_round: Callable[[int], None] = lambda done: None,
 ) -> LatencyTable:
     """Time every candidate in place.
@@ -209,8 +275,8 @@ def measure_table(
     Args:
         stopwatch: the teacher and the conditions.
         candidates: site -> candidates, without `keep`.
-        rounds: of the measurement.
-        on_round: called with the number of rounds done.
+        rounds: how long to measure.
+        on_round: called with the number of rounds done, `rounds.least` in all.
     """
     teacher = stopwatch.teacher
     students: dict[str, nn.Module] = {}

@@ -21,6 +21,7 @@ from mixerzoo.latency import (
     REFERENCE,
     WARMUP,
     Conditions,
+    Rounds,
     Stopwatch,
     Timing,
     check_device,
@@ -58,6 +59,10 @@ class Clock:
         return {name: self.subject(name, ms) for name, ms in costs.items()}
 
 
+def exactly(count):
+    return Rounds(least=count, most=count)
+
+
 def timings(clock, costs, **options):
     return measure(clock.subjects(**costs), clock=clock, **options)
 
@@ -79,7 +84,7 @@ def test_a_steady_machine_gives_the_costs():
 @given(costs=st.lists(st.floats(0.01, 100), min_size=1, max_size=7), teacher=st.floats(0.01, 100))
 def test_costs_of_any_size(costs, teacher):
     named = {f"s{number}": cost for number, cost in enumerate(costs)}
-    found = timings(Clock(), {"teacher": teacher} | named, rounds=3)
+    found = timings(Clock(), {"teacher": teacher} | named, rounds=exactly(3))
     assert found.keys() == {"teacher", *named}
     for name, cost in named.items():
         assert found[name].median == pytest.approx(cost, rel=1e-6)
@@ -91,7 +96,7 @@ def test_outliers_do_not_count():
     def spiky():
         return 5.0 * (100 if next(noise) < 0.1 else 1)
 
-    found = timings(Clock(), {"teacher": 10.0, "a": spiky}, rounds=31)
+    found = timings(Clock(), {"teacher": 10.0, "a": spiky}, rounds=exactly(31))
     assert found["a"].ratio == pytest.approx(0.5, rel=0.01)
 
 
@@ -101,13 +106,13 @@ def test_a_disturbed_reference_does_not_make_a_student_look_fast():
     def disturbed():
         return 10.0 * (4 if noise.random() < 0.4 else 1)
 
-    found = timings(Clock(), {"teacher": disturbed, "a": 5.0}, rounds=21)
+    found = timings(Clock(), {"teacher": disturbed, "a": 5.0}, rounds=exactly(21))
     assert found["a"].ratio == pytest.approx(0.5, rel=0.01)
 
 
 def test_quartiles_show_the_spread():
     noise = np.random.default_rng(0)
-    found = timings(Clock(), {"teacher": 10.0, "a": lambda: 10 + 4 * noise.random()}, rounds=101)
+    found = timings(Clock(), {"teacher": 10.0, "a": lambda: 10 + 4 * noise.random()}, rounds=exactly(101))
     assert found["a"].low == pytest.approx(11, abs=0.5)
     assert found["a"].median == pytest.approx(12, abs=0.5)
     assert found["a"].high == pytest.approx(13, abs=0.5)
@@ -117,7 +122,11 @@ def test_the_teacher_alone():
     found = timings(Clock(), {"teacher": 3.0})
     assert found == {
         REFERENCE: Timing(
-            median=found[REFERENCE].median, low=found[REFERENCE].low, high=found[REFERENCE].high, ratio=1.0
+            median=found[REFERENCE].median,
+            low=found[REFERENCE].low,
+            high=found[REFERENCE].high,
+            ratio=1.0,
+            error=0.0,
         )
     }
     assert found[REFERENCE].median == pytest.approx(3)
@@ -128,6 +137,65 @@ def test_without_a_reference_there_is_nothing_to_compare_with():
         timings(Clock(), {"a": 1.0})
 
 
+# More rounds where they are needed
+
+
+def noisy(seed, spread, median=5.0):
+    noise = np.random.default_rng(seed)
+    return lambda: median * (1 + spread * noise.standard_normal())
+
+
+def test_a_quiet_machine_needs_the_least_rounds():
+    clock = Clock()
+    found = timings(clock, {"teacher": 10.0, "a": 10.0}, rounds=Rounds(least=5, most=50))
+    assert clock.log.count("a") == WARMUP + 5
+    assert found["a"].error == pytest.approx(0)
+    assert found["a"].most == pytest.approx(found["a"].ratio)
+
+
+def test_only_what_is_not_known_well_enough_is_measured_longer():
+    clock = Clock()
+    costs = {"teacher": 10.0, "steady": 10.0, "noisy": noisy(0, 0.1, 10.0)}
+    found = timings(clock, costs, rounds=Rounds(least=5, most=400, precision=0.02))
+    assert clock.log.count("steady") == WARMUP + 5
+    assert 50 < clock.log.count("noisy") < 400
+    assert found["noisy"].error <= 0.02
+    assert found["noisy"].ratio == pytest.approx(1, abs=0.03)
+
+
+def test_there_is_an_end_to_it_and_the_error_says_so():
+    clock = Clock()
+    found = timings(clock, {"teacher": 10.0, "a": noisy(0, 0.15, 10.0)}, rounds=Rounds(least=5, most=9))
+    assert clock.log.count("a") == WARMUP + 9
+    assert found["a"].error > 0.05
+
+
+def test_what_is_certainly_slow_needs_no_precision():
+    clock = Clock()
+    costs = {"teacher": 10.0, "slow": noisy(0, 0.1, 30.0), "fast": noisy(1, 0.1, 9.0)}
+    timings(clock, costs, rounds=Rounds(least=5, most=60, precision=0.001, slow=1.5))
+    assert clock.log.count("slow") < WARMUP + 10
+    assert clock.log.count("fast") == WARMUP + 60
+
+
+def test_the_interval_holds_the_truth():
+    held = 0
+    for seed in range(60):
+        found = timings(Clock(), {"teacher": 10.0, "a": noisy(seed, 0.08)}, rounds=exactly(25))["a"]
+        held += abs(found.ratio - 0.5) <= found.error * found.ratio
+    assert held >= 54
+
+
+def test_a_machine_that_is_never_quiet_is_not_believed():
+    noise = np.random.default_rng(0)
+
+    def often():
+        return 10.0 * (1 if noise.random() < 0.3 else 2 + 3 * noise.random())
+
+    found = timings(Clock(), {"teacher": often, "a": often}, rounds=exactly(15))
+    assert found["a"].error >= 0.1
+
+
 # Drift
 
 
@@ -135,7 +203,7 @@ def test_without_a_reference_there_is_nothing_to_compare_with():
     "slowness",
     [
         lambda seconds: 1 + seconds,  # it gets hotter and hotter
-        lambda seconds: 1 + 0.9 * np.sin(seconds * 3),  # it breathes
+        lambda seconds: 1 + 0.5 * np.sin(seconds * 3),  # it breathes
         lambda seconds: 1.0 if seconds < 1.5 else 2.0,  # somebody else begins to work
     ],
     ids=["linear", "waves", "step"],
@@ -160,7 +228,7 @@ def test_a_slow_machine_changes_the_milliseconds_but_no_ratio():
 
 def sampled(clock, costs, rounds):
     """Return the names in the order in which they were timed, without the warm-up."""
-    timings(clock, costs, rounds=rounds)
+    timings(clock, costs, rounds=exactly(rounds))
     return clock.log[WARMUP * len(costs) :]
 
 
@@ -189,7 +257,7 @@ def test_the_order_differs_from_round_to_round_and_not_from_run_to_run():
 
 def test_everything_is_warmed_up_before_anything_is_timed():
     clock = Clock()
-    timings(clock, {"teacher": 10.0, "a": 10.0}, rounds=1)
+    timings(clock, {"teacher": 10.0, "a": 10.0}, rounds=exactly(1))
     assert sorted(clock.log[: 2 * WARMUP]) == ["a"] * WARMUP + ["teacher"] * WARMUP
 
 
@@ -200,19 +268,19 @@ def test_a_slow_first_run_does_not_count():
         calls.append(1)
         return 10_000.0 if len(calls) == 1 else 5.0
 
-    found = timings(Clock(), {"teacher": 10.0, "a": compiling}, rounds=3)
+    found = timings(Clock(), {"teacher": 10.0, "a": compiling}, rounds=exactly(3))
     assert found["a"].median == pytest.approx(5)
 
 
 def test_a_timing_is_long_enough_for_the_clock():
     clock = Clock()
-    timings(clock, {"teacher": 10.0, "a": 0.1}, rounds=1)
+    timings(clock, {"teacher": 10.0, "a": 0.1}, rounds=exactly(1))
     assert clock.log.count("a") == WARMUP + round(MIN_SAMPLE_MS / 0.1)
 
 
 def test_rounds_are_counted():
     seen = []
-    timings(Clock(), {"teacher": 10.0, "a": 1.0}, rounds=3, on_round=seen.append)
+    timings(Clock(), {"teacher": 10.0, "a": 1.0}, rounds=exactly(3), on_round=seen.append)
     assert seen == [1, 2, 3]
 
 
@@ -258,7 +326,7 @@ def candidates(teacher):
 def test_the_table_holds_what_each_candidate_changes(slowness):
     teacher = tiny.tiny_teacher()
     stopwatch = FakeStopwatch(teacher, slowness)
-    table = measure_table(stopwatch, candidates(teacher), rounds=5)
+    table = measure_table(stopwatch, candidates(teacher), rounds=exactly(5))
     base = stopwatch.cost(teacher.model)
     assert table.base_ms >= base * 0.999
     assert set(table.change_ms) == {site.name for site in teacher.sites}
@@ -272,7 +340,7 @@ def test_the_table_holds_what_each_candidate_changes(slowness):
 def test_sites_of_one_shape_are_measured_together():
     teacher = tiny.tiny_teacher()
     stopwatch = FakeStopwatch(teacher)
-    measure_table(stopwatch, candidates(teacher), rounds=1)
+    measure_table(stopwatch, candidates(teacher), rounds=exactly(1))
     assert len(stopwatch.students) == 3
     for name, student in stopwatch.students.items():
         kinds = {
@@ -288,7 +356,7 @@ def test_large_candidates_stand_at_fewer_sites(monkeypatch):
     monkeypatch.setattr(latency, "PLACED_PARAMS", 1)
     teacher = tiny.tiny_teacher()
     stopwatch = FakeStopwatch(teacher)
-    table = measure_table(stopwatch, candidates(teacher), rounds=3)
+    table = measure_table(stopwatch, candidates(teacher), rounds=exactly(3))
     for name, student in stopwatch.students.items():
         placed = sum(isinstance(student.get_submodule(site.name), Replacement) for site in teacher.sites)
         assert placed == (2 if "none" in name else 1)
@@ -298,14 +366,14 @@ def test_large_candidates_stand_at_fewer_sites(monkeypatch):
 
 def test_an_empty_table():
     teacher = tiny.tiny_teacher()
-    table = measure_table(FakeStopwatch(teacher), {}, rounds=1)
+    table = measure_table(FakeStopwatch(teacher), {}, rounds=exactly(1))
     assert table.change_ms == {site.name: {} for site in teacher.sites}
     assert table.base_ms == pytest.approx(14)
 
 
 def test_the_teacher_is_left_alone():
     teacher = tiny.tiny_teacher()
-    measure_table(FakeStopwatch(teacher), candidates(teacher), rounds=1)
+    measure_table(FakeStopwatch(teacher), candidates(teacher), rounds=exactly(1))
     assert fingerprint(teacher.model) == teacher.fingerprint
     assert type(teacher.model.blocks[0].attn).__name__ == "Attention"
 
@@ -337,8 +405,8 @@ def test_another_runtime_is_used_for_everything(monkeypatch):
     teacher = tiny.tiny_teacher()
     with temporary_plugin(plugin):
         stopwatch = Stopwatch(teacher, Conditions(threads=3, runtime="pretend", batch_size=5))
-        table = measure_table(stopwatch, {"blocks.0.attn": [Candidate("none")]}, rounds=3)
-        found = stopwatch.time({"same": teacher.model}, rounds=3)
+        table = measure_table(stopwatch, {"blocks.0.attn": [Candidate("none")]}, rounds=exactly(3))
+        found = stopwatch.time({"same": teacher.model}, rounds=exactly(3))
     tensors = len(list(teacher.model.parameters()))
     assert table.base_ms == pytest.approx(tensors)
     assert table.change_ms["blocks.0.attn"]["none@1"] == pytest.approx(-4)  # qkv and proj, weight and bias
@@ -361,7 +429,7 @@ def test_eager_runs_the_model():
     output = stopwatch.prepare(teacher.model)()
     with torch.no_grad():
         assert torch.equal(output, teacher.model(stopwatch.example))
-    found = stopwatch.time({"same": teacher.model}, rounds=2)
+    found = stopwatch.time({"same": teacher.model}, rounds=exactly(2))
     assert found.keys() == {"teacher", "same"}
     assert all(timing.median > 0 for timing in found.values())
 

@@ -386,9 +386,9 @@ def test_a_budget_below_the_fastest_plan_is_refused_with_that_plan(start, place)
 def slower_when_final(factor):
     """Latency by the rule, but all longer measurements of students come out slower."""
 
-    def time(self, students, *, rounds=0, on_round=lambda done: None):
+    def time(self, students, *, rounds=None, on_round=lambda done: None):
         found = tiny_search.ruled_time(self, students, rounds=rounds, on_round=on_round)
-        if rounds != finish.FINAL_ROUNDS:
+        if rounds != finish.FINAL:
             return found
         return {
             name: timing

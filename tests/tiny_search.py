@@ -92,15 +92,15 @@ def ruled_ms(model):
     return ms
 
 
-def ruled_time(self, students, *, rounds=0, on_round=lambda done: None):
+def ruled_time(self, students, *, rounds=None, on_round=lambda done: None):
     """Stand in for Stopwatch.time: every student runs once, and takes what the rule says."""
     del rounds
     base = ruled_ms(self.teacher.model)
-    found = {REFERENCE: Timing(median=base, low=base, high=base, ratio=1.0)}
+    found = {REFERENCE: Timing(median=base, low=base, high=base, ratio=1.0, error=0.0)}
     for name, model in students.items():
         self.prepare(model)()
         ms = ruled_ms(model)
-        found[name] = Timing(median=ms, low=ms, high=ms, ratio=ms / base)
+        found[name] = Timing(median=ms, low=ms, high=ms, ratio=ms / base, error=0.0)
     on_round(1)
     return found
 

@@ -10,15 +10,15 @@ from typing import Any
 from torch import nn
 
 from mixerzoo.hosts import Replacement, Teacher, assemble, count_params
-from mixerzoo.latency import REFERENCE, Stopwatch
+from mixerzoo.latency import REFERENCE, Rounds, Stopwatch
 from mixerzoo.plan import Candidate, Plan
 from mixerzoo.score import Judge
 from mixerzoo.student import make_replacement
 from mixerzoo_search.additive import AdditiveModel
 from mixerzoo_search.candidates import CandidateLibrary
 
-TRIAL_ROUNDS = 11
-FINAL_ROUNDS = 25
+TRIAL = Rounds(least=7, most=21, precision=0.02)
+FINAL = Rounds(least=15, most=75, precision=0.01)
 SURPRISE = 0.1  # relative difference of measured and predicted latency that calls for a longer measurement
 CACHED_MODULES = 64
 
@@ -88,10 +88,15 @@ class Evaluator:
         assert entry is not None, f"{candidate} at {site} is not in the library"
         return make_replacement(candidate, self.teacher.site(site), self.library.state(entry))
 
-    def latency(self, students: Mapping[str, nn.Module], *, rounds: int = TRIAL_ROUNDS) -> dict[str, float]:
+    def latency(self, students: Mapping[str, nn.Module], *, rounds: Rounds = TRIAL) -> dict[str, float]:
         """Return the students' latencies in ms: their ratio to the teacher times its latency in this run."""
         timings = self.stopwatch.time(students, rounds=rounds)
         return {name: self.base_ms * t.ratio for name, t in timings.items() if name != REFERENCE}
+
+    def final_latency(self, student: nn.Module) -> tuple[float, float]:
+        """Measure one student for long; return its latency in ms, and the most that it can be (97.5 %)."""
+        timing = self.stopwatch.time({"student": student}, rounds=FINAL)["student"]
+        return self.base_ms * timing.ratio, self.base_ms * timing.most
 
     def evaluate(self, plan: Plan, model: AdditiveModel, *, source: str) -> PlanResult:
         """Stitch, judge and time the plan's student."""
@@ -115,7 +120,7 @@ class Evaluator:
         predicted_ms = model.predict_ms(plan)
         latency_ms = self.latency({"student": student})["student"]
         if abs(latency_ms / predicted_ms - 1) > SURPRISE:
-            latency_ms = self.latency({"student": student}, rounds=FINAL_ROUNDS)["student"]
+            latency_ms = self.latency({"student": student}, rounds=FINAL)["student"]
         return PlanResult(
             plan=plan,
             loss=judged.loss,

@@ -24,7 +24,7 @@ from mixerzoo_search import exact
 from mixerzoo_search.additive import AdditiveModel
 from mixerzoo_search.candidates import Candidates, list_candidates
 from mixerzoo_search.context import Context
-from mixerzoo_search.evaluate import FINAL_ROUNDS, PlanResult
+from mixerzoo_search.evaluate import FINAL, PlanResult
 from mixerzoo_search.finish import finish
 from mixerzoo_search.journal import Journal
 from mixerzoo_search.report import write_report
@@ -153,7 +153,7 @@ def _run_phases(context: Context, candidates: Candidates, journal: Journal, stor
 
 def _time_teacher(stopwatch: Stopwatch) -> float:
     again = {"again": assemble(stopwatch.teacher.model, {})}
-    return stopwatch.time(again, rounds=FINAL_ROUNDS)[REFERENCE].median
+    return stopwatch.time(again, rounds=FINAL)[REFERENCE].median
 
 
 def _exact_plans(context: Context, model: AdditiveModel) -> list[exact.Solution]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from mixerzoo.capture import capture
 from mixerzoo.data import Dataset, image_batches, load_labels
 from mixerzoo.hosts import Teacher
-from mixerzoo.latency import ROUNDS, Conditions, Stopwatch, environment, measure_table, threads
+from mixerzoo.latency import TABLE, Conditions, Stopwatch, environment, measure_table, threads
 from mixerzoo.plan import Candidate
 from mixerzoo.progress import Reporter
 from mixerzoo.score import Judge
@@ -28,7 +28,7 @@ def profile(
     with reporter.phase("teacher's activations", len(indices)) as progress:
         batches = image_batches(data, indices, teacher.image)
         statistics = capture(teacher, batches, len(indices), on_batch=progress).statistics
-    with threads(conditions.threads), reporter.phase("latency of every site", ROUNDS) as progress:
+    with threads(conditions.threads), reporter.phase("latency of every site", TABLE.least) as progress:
         table = measure_table(
             Stopwatch(teacher, conditions),
             {site.name: (NOTHING,) for site in teacher.sites},

@@ -10,7 +10,7 @@ import numpy as np
 
 from mixerzoo.errors import BudgetOutOfReachError
 from mixerzoo.hosts import assemble
-from mixerzoo.latency import ROUNDS, LatencyTable, measure_table
+from mixerzoo.latency import TABLE, LatencyTable, measure_table
 from mixerzoo.plan import Plan
 from mixerzoo.student import make_replacement
 from mixerzoo_search.additive import AdditiveModel
@@ -31,7 +31,7 @@ def latency_table(context: Context, candidates: Candidates) -> LatencyTable:
     stored = context.run.load("latency")
     if stored is None:
         failed: dict[str, dict[str, str]] = {}
-        with context.reporter.phase("latency of every candidate", ROUNDS) as report:
+        with context.reporter.phase("latency of every candidate", TABLE.least) as report:
             try:
                 measured = measure_table(context.stopwatch, candidates, on_round=report)
             except Exception:  # a plugin's mixer may raise anything: find out whose it was
