@@ -24,6 +24,7 @@ from mixerzoo.spec import MixerSpec, Site
 
 BATCH = 32  # images at a time, in every pass over the captured activations
 HELD_OUT = 0.2  # of the calibration images
+SOLVE_TOKENS = 131_072  # that a readout is solved on: more do not change it
 PATIENCE = 2  # checks without a better held-out error before the steps stop
 CHECKS = 5  # checks of the held-out error in a full run of steps
 
@@ -111,15 +112,11 @@ def distill(
                 with torch.no_grad():
                     spec.inherit(mixer, captured.view)
             mixer.eval()
-            nmse = nmse_start = evaluate(mixer, captured)
             if spec.readout is not None and start is None:
-                before = copy.deepcopy(mixer.state_dict())
-                if solve_readout(mixer, spec.readout, captured):
-                    nmse_solved = evaluate(mixer, captured)
-                    if not nmse_solved <= nmse:  # also where it is NaN
-                        mixer.load_state_dict(before)
-                    else:
-                        nmse = nmse_solved
+                nmse_start, nmse_solved = solve_readout(mixer, spec.readout, captured)
+                nmse = _lower(nmse_start, nmse_solved)
+            else:
+                nmse = nmse_start = evaluate(mixer, captured)
             if recipe.steps and params:
                 nmse, steps = take_steps(mixer, captured, recipe, nmse, readout=spec.readout)
         if not math.isfinite(nmse):
@@ -152,38 +149,63 @@ def distill(
 def evaluate(mixer: nn.Module, captured: SiteCapture) -> float:
     """Return the held-out NMSE."""
     _, held_out = held_out_rows(len(captured.x))
-    error = spread = 0.0
-    y_all = captured.y[held_out].float()
-    mean = y_all.mean((0, 1))
+    error = 0.0
     for x, y in _batches(captured, held_out):
-        out = mixer(x)
-        if out.shape != y.shape:  # some wrong shapes would broadcast
-            raise MixerzooError(f"it maps {tuple(x.shape)} to {tuple(out.shape)}, not (B, N, D) to (B, N, D)")
-        error += float((out - y).double().square().sum())
-        spread += float((y - mean).double().square().sum())
-    return error / max(spread, 1e-30)
+        error += float((_forward(mixer, x) - y).double().square().sum())
+    return error / _spread(captured.y[held_out])
 
 
 @torch.inference_mode()
-def solve_readout(mixer: nn.Module, readout: str, captured: SiteCapture) -> bool:
-    """Solve the mixer's last linear layer by ridge regression; return whether there was a solution."""
+def solve_readout(mixer: nn.Module, readout: str, captured: SiteCapture) -> tuple[float, float]:
+    """Solve the mixer's last linear layer by ridge regression, if that makes it better.
+
+    One pass is enough: what the Gram matrices hold tells the held-out NMSE of any readout. Returns that of the
+    readout as it was and of the solved one; NaN where there was no solution.
+    """
     layer = mixer.get_submodule(readout)
     if not isinstance(layer, nn.Linear):
         raise MixerzooError(f"readout '{readout}' is a {type(layer).__name__}, not a linear layer")
     train, held_out = held_out_rows(len(captured.x))
+    enough = max(1, SOLVE_TOKENS // captured.x.shape[1])
     grams = []
     with FeatureTap(layer) as tap:
-        for rows in (train, held_out):
+        for rows in (slice(0, min(train.stop, enough)), held_out):
             gram = Gram(layer.in_features, layer.out_features)
             for x, y in _batches(captured, rows):
-                mixer(x)
+                out = _forward(mixer, x)
                 gram.update(tap.features(), y.reshape(-1, layer.out_features))
             grams.append(gram)
+        if not torch.allclose(layer(tap.features()).reshape(out.shape), out, rtol=1e-3, atol=1e-4):
+            raise MixerzooError(f"its output is not that of its readout '{readout}'")
+    # A readout may have more outputs than the D channels that the error is about.
+    spread = _spread(captured.y[held_out])
+    bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias
+    before = grams[1].error(torch.cat([layer.weight.T, bias[None]]).double()) / spread
     found = solve(*grams, bias=layer.bias is not None)
     if found is None:
-        return False
-    set_linear(layer, found.weight, found.bias)
-    return True
+        return before, math.nan
+    solved = found.nmse * grams[1].spread() / spread
+    if not solved > before:
+        set_linear(layer, found.weight, found.bias)
+    return before, solved
+
+
+def _lower(before: float, solved: float) -> float:
+    """Return the error that `solve_readout` leaves a mixer with, from what it returned."""
+    return solved if solved <= before else before  # also without a solution
+
+
+def _spread(y: torch.Tensor) -> float:
+    """Return sum |y - mean(y)|^2 of outputs (n, N, D), the mean a channel's."""
+    y = y.float()
+    return max(float((y - y.mean((0, 1))).double().square().sum()), 1e-30)
+
+
+def _forward(mixer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = mixer(x)
+    if out.shape != x.shape:  # some wrong shapes would broadcast
+        raise MixerzooError(f"it maps {tuple(x.shape)} to {tuple(out.shape)}, not (B, N, D) to (B, N, D)")
+    return out
 
 
 class FeatureTap:
@@ -256,9 +278,7 @@ def take_steps(
         step += 1
         if step % every == 0 or step == recipe.steps:
             mixer.eval()
-            if readout is not None:
-                solve_readout(mixer, readout, captured)
-            now = evaluate(mixer, captured)
+            now = _lower(*solve_readout(mixer, readout, captured)) if readout else evaluate(mixer, captured)
             mixer.train()
             stale = 0 if now < best else stale + 1
             if now < best:

@@ -312,7 +312,7 @@ def test_a_third_party_mixer_is_used(start):
 
 @pytest.mark.parametrize(
     ("module", "reason"),
-    [(Raises, "out of ideas"), (Nan, "held-out error is nan"), (WrongShape, "maps")],
+    [(Raises, "out of ideas"), (Nan, "not that of its readout"), (WrongShape, "maps")],
 )
 def test_a_mixer_that_fails_is_recorded_and_costs_nothing_else(start, module, reason):
     with plugin_with(module):

@@ -94,6 +94,26 @@ def test_long_sequences_cross_chunks(name: str, masked: bool) -> None:
 
 
 @ALL
+def test_one_set_of_weights_serves_every_length(spec: MixerSpec) -> None:
+    """Alone, and as the real part of the longest: with padding behind it, a sequence is what it was."""
+    if not spec.caps.any_length:
+        pytest.skip("has a fixed length")
+    torch.manual_seed(0)
+    lengths = (1, 65, 257, 1025)
+    for causal in {False, spec.caps.causal}:
+        mixer = spec.make(site(spec, causal=causal), spec.widths[0]).double().eval()
+        x = torch.randn(len(lengths), 1025, 12, dtype=torch.double)
+        mask = torch.arange(1025) < torch.tensor(lengths)[:, None]
+        with torch.no_grad():
+            padded = mixer(x, mask=mask) if spec.caps.masks else None
+            for row, length in enumerate(lengths):
+                y = mixer(x[row : row + 1, :length])
+                assert y.isfinite().all()
+                if padded is not None:
+                    torch.testing.assert_close(padded[row, :length], y[0])
+
+
+@ALL
 def test_gradcheck(spec: MixerSpec) -> None:
     torch.manual_seed(0)
     for causal in {False, spec.caps.causal}:
