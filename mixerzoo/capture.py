@@ -20,7 +20,9 @@ from mixerzoo.spec import AttentionView, MlpView, Site, View
 from mixerzoo.statistics import AttentionStatistics
 
 MEMORY_LIMIT_GB = 2.0
-MAP_IMAGES = 256  # attention maps are recomputed unfused, which is slow; their mean settles before that
+MAP_IMAGES = (
+    256  # maps and hidden units are computed a second time, which is slow; their means settle before that
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +115,7 @@ class _Recorder:
         self.row = 0
         self.maps = AttentionStatistics(site) if site.kind == "attention" else None
         self.units = torch.zeros(site.hidden or 0, dtype=torch.float64)
+        self.unit_images = 0
         self.added = self.residual = 0.0
 
     def attach(self) -> list[torch.utils.hooks.RemovableHandle]:
@@ -136,8 +139,9 @@ class _Recorder:
         if self.maps is not None:
             if self.maps.images < MAP_IMAGES:
                 self.maps.update(self.teacher.host.attention_maps(module, x))
-        else:
+        elif self.unit_images < MAP_IMAGES:
             self.units += self.teacher.host.hidden_units(module, x).square().sum((0, 1))
+            self.unit_images += len(x)
 
     def finish(self) -> SiteCapture:
         """Return what was gathered."""
@@ -150,7 +154,7 @@ class _Recorder:
                 **weights, mean_attention=self.maps.mean, statistics=self.maps.result() | statistics
             )
         else:
-            size = (self.units / max(self.row * self.site.tokens, 1)).sqrt().float()
+            size = (self.units / max(self.unit_images * self.site.tokens, 1)).sqrt().float()
             importance = size * weights["out_weight"].norm(dim=0)
             view = MlpView(**weights, importance=importance, statistics=statistics)
         return SiteCapture(x=self.x, y=self.y, view=view)

@@ -24,7 +24,10 @@ from mixerzoo.spec import MixerSpec, Site
 
 BATCH = 32  # images at a time, in every pass over the captured activations
 HELD_OUT = 0.2  # of the calibration images
-SOLVE_TOKENS = 131_072  # that a readout is solved on: more do not change it
+SEEN_TOKENS = 131_072  # that a mixer is run on for its readout to be solved
+SOLVE_TOKENS = (
+    32_768  # of these, drawn at random, that it is solved on: tokens of one image have much in common
+)
 PATIENCE = 2  # checks without a better held-out error before the steps stop
 CHECKS = 5  # checks of the held-out error in a full run of steps
 
@@ -166,19 +169,26 @@ def solve_readout(mixer: nn.Module, readout: str, captured: SiteCapture) -> tupl
     if not isinstance(layer, nn.Linear):
         raise MixerzooError(f"readout '{readout}' is a {type(layer).__name__}, not a linear layer")
     train, held_out = held_out_rows(len(captured.x))
-    enough = max(1, SOLVE_TOKENS // captured.x.shape[1])
+    enough = max(1, SEEN_TOKENS // captured.x.shape[1])
+    generator = torch.Generator().manual_seed(0)
     grams = []
     with FeatureTap(layer) as tap:
         for rows in (slice(0, min(train.stop, enough)), held_out):
             gram = Gram(layer.in_features, layer.out_features)
+            share = SOLVE_TOKENS / captured.x[rows, :, 0].numel()
             for x, y in _batches(captured, rows):
                 out = _forward(mixer, x)
-                gram.update(tap.features(), y.reshape(-1, layer.out_features))
+                features, target = tap.features(), y.reshape(-1, layer.out_features)
+                if share < 1 and len(features) == len(x) * x.shape[1]:
+                    drawn = torch.randperm(len(features), generator=generator)[: round(share * len(features))]
+                    features, target = features[drawn], target[drawn]
+                gram.update(features, target)
             grams.append(gram)
         if not torch.allclose(layer(tap.features()).reshape(out.shape), out, rtol=1e-3, atol=1e-4):
             raise MixerzooError(f"its output is not that of its readout '{readout}'")
     # A readout may have more outputs than the D channels that the error is about.
-    spread = _spread(captured.y[held_out])
+    kept = grams[1].rows * layer.out_features / captured.y[held_out].numel()
+    spread = kept * _spread(captured.y[held_out])
     bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias
     before = grams[1].error(torch.cat([layer.weight.T, bias[None]]).double()) / spread
     found = solve(*grams, bias=layer.bias is not None)
