@@ -89,19 +89,34 @@ def not_beaten(
         margin: how many times the damage must be higher to be clear.
         tolerance_ms: how far two latencies must differ to be told apart.
     """
-
-    def beaten(site: str, candidate: Candidate) -> bool:
-        ms, harm = table.change_ms[site], damage[site, candidate]
-        return any(
-            damage[site, other] * margin < harm and ms[str(other)] <= ms[str(candidate)] + tolerance_ms
-            for other in candidates[site]
-            if other != candidate
-        )
-
     return {
-        site: tuple(c for c in row if not beaten(site, c) or keep_all_the_same())
+        site: tuple(
+            c
+            for c in row
+            if not beaten(site, c, row, damage, table, margin=margin, tolerance_ms=tolerance_ms)
+            or keep_all_the_same()
+        )
         for site, row in candidates.items()
     }
+
+
+def beaten(
+    site: str,
+    candidate: Candidate,
+    others: Sequence[Candidate],
+    damage: Damage,
+    table: LatencyTable,
+    *,
+    margin: float,
+    tolerance_ms: float,
+) -> bool:
+    """Say whether another candidate does clearly less damage (by `margin`) and is as fast (to the tolerance)."""
+    ms, harm = table.change_ms[site], damage[site, candidate]
+    return any(
+        damage[site, other] * margin < harm and ms[str(other)] <= ms[str(candidate)] + tolerance_ms
+        for other in others
+        if other != candidate
+    )
 
 
 class CandidateLibrary:

@@ -131,10 +131,9 @@ def _run_phases(context: Context, candidates: Candidates, journal: Journal, stor
     with run.timed("latency"):
         table = latency_table(context, candidates)
         demand_reachable(context, additive(context, candidates, table, {}))
-    faster = useful(context, candidates, table)
-    distill_closed_form(context, faster)
+    distilled = distill_closed_form(context, useful(context, candidates, table), table)
     with run.timed("score"):
-        scored = score(context, faster, table)
+        scored = score(context, distilled, table)
     context.release_activations()
     with run.timed("latency"):
         model, quality = calibrate(context, scored.model)

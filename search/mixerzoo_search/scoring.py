@@ -14,15 +14,18 @@ import numpy as np
 from mixerzoo.latency import LatencyTable
 from mixerzoo.plan import Candidate
 from mixerzoo.registry import get_registry
+from mixerzoo.spec import KINDS
 from mixerzoo_search import exact
 from mixerzoo_search.additive import AdditiveModel
-from mixerzoo_search.candidates import Candidates, Damage, faster_than_teacher, not_beaten
+from mixerzoo_search.candidates import Candidates, Damage, beaten, faster_than_teacher, not_beaten
 from mixerzoo_search.context import Context
 from mixerzoo_search.fit_quality import spearman
 from mixerzoo_search.prior import Clue, DamageForecast, Mixing, Prior, predict_damage
 
 TOLERANCE = 0.002  # of the teacher's latency: changes below it are not told apart
 UNIFORM_SHARE = 0.1  # of the candidates that the prior would leave out
+PROBES = 2  # sites of a kind at which all candidates are distilled first
+CLEARLY = 1.25  # times another one's held-out error, at the probes
 STEPPED_PER_SITE = 1.5  # candidates that may get gradient steps
 STEP_BUDGETS = (1.0, 0.9, 0.8)  # times the budget: whose exact plans say which candidates are worth steps
 HARMLESS = 1e-4  # share of all damage below which a candidate needs no steps
@@ -44,15 +47,72 @@ class Scored:
     prior_quality: dict[str, float]
 
 
-def distill_closed_form(context: Context, candidates: Candidates) -> None:
-    """Distil every candidate in closed form, unless it is in the library."""
+def distill_closed_form(context: Context, candidates: Candidates, table: LatencyTable) -> Candidates:
+    """Distil candidates in closed form, unless they are in the library; returns those that were distilled.
+
+    All of them are distilled at two sites of each kind. What is clearly beaten at both, by another candidate that
+    is as fast, goes no further: some mixers are too coarse, or too slow for what they give, for this teacher.
+    """
+    probes = _probes(context)
+    first = {site: row for site, row in candidates.items() if site in probes}
+    _make_closed(context, first, "closed-form candidates at a few sites")
+    chosen = {**first, **_promising(context, candidates, first, table)}
+    _make_closed(context, chosen, "closed-form candidates")
+    return {site: chosen[site] for site in candidates}
+
+
+def _make_closed(context: Context, candidates: Candidates, title: str) -> None:
     todo = [
         (site, candidate)
         for site, row in candidates.items()
         for candidate in row
         if context.library.find(site, candidate, stepped=False) is None
     ]
-    _make(context, todo, "closed-form candidates", stepped=False)
+    _make(context, todo, title, stepped=False)
+
+
+def _probes(context: Context) -> set[str]:
+    """Return two sites of each kind, a third and two thirds of the way through; all of them if there are few."""
+    found: set[str] = set()
+    for kind in KINDS:
+        sites = [site.name for site in context.teacher.sites if site.kind == kind]
+        few = len(sites) <= PROBES + 1
+        found.update(sites if few else (sites[len(sites) // 3], sites[2 * len(sites) // 3]))
+    return found
+
+
+def _promising(
+    context: Context, candidates: Candidates, probed: Candidates, table: LatencyTable
+) -> Candidates:
+    """Return, for the other sites, what is not clearly beaten at the probes of their kind, and a random share."""
+    library, teacher = context.library, context.teacher
+    error = {
+        (site, c): entry.nmse
+        for site, row in probed.items()
+        for c in row
+        if (entry := library.find(site, c, stepped=False)) is not None
+    }
+    dice = np.random.default_rng([context.settings.seed, 1])
+    tolerance_ms = TOLERANCE * context.teacher_ms
+    hopeless: dict[str, set[Candidate]] = {}
+    for kind in KINDS:
+        rows = {site: row for site, row in probed.items() if teacher.site(site).kind == kind}
+        every = sorted({c for row in rows.values() for c in row}, key=str)
+        hopeless[kind] = {
+            c
+            for c in every
+            if all(
+                beaten(site, c, row, error, table, margin=CLEARLY, tolerance_ms=tolerance_ms)
+                for site, row in rows.items()
+                if c in row
+            )
+            and dice.random() >= UNIFORM_SHARE
+        }
+    return {
+        site: tuple(c for c in row if c not in hopeless[teacher.site(site).kind])
+        for site, row in candidates.items()
+        if site not in probed
+    }
 
 
 def score(context: Context, candidates: Candidates, table: LatencyTable) -> Scored:

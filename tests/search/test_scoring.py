@@ -96,17 +96,45 @@ def distilled(monkeypatch):
 
 def test_every_candidate_is_made_in_closed_form_once(make_context, distilled):
     context = make_context()
-    space = space_of(context, NONE, STATIC, SLICE)
-    scoring.distill_closed_form(context, space)
+    space, more = space_of(context, NONE, STATIC, SLICE), space_of(context, NONE, STATIC, SLICE, POOL)
+    table = latency_table(context, more)
+    assert scoring.distill_closed_form(context, space, table) == space
     assert distilled == [(site, candidate, 0) for site, candidate in pairs(space)]
-    scoring.distill_closed_form(context, space)
+    scoring.distill_closed_form(context, space, table)
     again = make_context()
-    scoring.distill_closed_form(again, space)
+    scoring.distill_closed_form(again, space, table)
     assert len(distilled) == len(pairs(space))
     assert "captured" not in vars(again)  # not even the activations are needed
-    more = space_of(again, NONE, STATIC, SLICE, POOL)
-    scoring.distill_closed_form(again, more)
+    scoring.distill_closed_form(again, more, table)
     assert {candidate for _, candidate, _ in distilled[len(pairs(space)) :]} == {POOL}
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_what_is_clearly_beaten_at_the_first_sites_goes_no_further(
+    make_context, distilled, monkeypatch, share
+):
+    context = make_context()
+    space = space_of(context, NONE, STATIC, POOL, SLICE)
+    monkeypatch.setattr(scoring, "_probes", lambda context: {"blocks.0.attn", "blocks.0.mlp"})
+    monkeypatch.setattr(scoring, "UNIFORM_SHARE", share)
+    monkeypatch.setattr(scoring, "CLEARLY", 1.0)
+    table = latency_table(context, space)
+    row = dict.fromkeys(table.change_ms["blocks.0.attn"], -0.5)
+    table = dataclasses.replace(table, change_ms={**table.change_ms, "blocks.0.attn": row})
+    found = scoring.distill_closed_form(context, space, table)
+    assert {(site, c) for site, c, _ in distilled} == set(pairs(found))
+    for site in ("blocks.0.attn", "blocks.0.mlp", "blocks.1.mlp"):
+        assert found[site] == space[site]
+    # All are as fast there, so that only the one of the lowest error is not beaten.
+    best = min(space["blocks.0.attn"], key=lambda c: context.library.best("blocks.0.attn", c).nmse)
+    assert found["blocks.1.attn"] == (space["blocks.1.attn"] if share else (best,))
+
+
+def test_the_first_sites_are_spread_over_the_depth(make_context, monkeypatch):
+    context = make_context()
+    assert scoring._probes(context) == {site.name for site in context.teacher.sites}
+    monkeypatch.setattr(scoring, "PROBES", 0)
+    assert scoring._probes(context) == {"blocks.0.attn", "blocks.1.attn", "blocks.0.mlp", "blocks.1.mlp"}
 
 
 def test_only_candidates_that_save_time_are_useful(make_context):
@@ -127,7 +155,7 @@ def started(make_context):
     context = make_context()
     space = space_of(context, NONE, STATIC, POOL, SLICE)
     table = latency_table(context, space)
-    scoring.distill_closed_form(context, space)
+    assert scoring.distill_closed_form(context, space, table) == space
     return context, space, table
 
 
@@ -170,7 +198,7 @@ def test_what_gets_steps_is_decided_once(started, make_context, distilled):
 def test_without_steps_nothing_is_stepped(make_context, distilled):
     context = make_context(distill_steps=0)
     space = space_of(context, NONE, STATIC, SLICE)
-    scoring.distill_closed_form(context, space)
+    scoring.distill_closed_form(context, space, latency_table(context, space))
     scoring.score(context, space, latency_table(context, space))
     assert {steps for _, _, steps in distilled} == {0}
     assert context.run.load("stepped") == []
