@@ -5,19 +5,44 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mixerzoo import MixerSpec, hookimpl
-from mixerzoo_mixers import channel, linear, recurrent, shallow_ffn, simple, ssm, token_mlp
+from mixerzoo_mixers import (
+    channel,
+    gated_mlp,
+    linear,
+    linear_grid,
+    recurrent,
+    shallow_ffn,
+    simple,
+    spectral,
+    ssm,
+    token_mlp,
+    wavelet,
+)
 
 
 @hookimpl
 def register_mixers(register: Callable[[MixerSpec], None]) -> None:
     """Register the built-in mixers."""
     register(token_mlp.STATIC)
-    register(token_mlp.GLU_MLP)
+    register(token_mlp.TOKEN_MLP)
+    register(gated_mlp.GLU_MLP)
+    register(gated_mlp.GMLP)
+    register(gated_mlp.ACTIVATOR)
     register(linear.LINEAR_ATTENTION)
+    register(linear.RELU_ATTENTION)
+    register(linear.SOFTMAX_LINEAR)
+    register(linear_grid.FOCUSED_LINEAR)
+    register(linear_grid.LITE_MLA)
+    register(linear_grid.L2_LINEAR)
     register(ssm.MAMBA)
     register(recurrent.MULTIHEAD_LSTM)
     register(shallow_ffn.SHALLOW_FFN)
+    register(shallow_ffn.SHALLOW_FFN_HEADS)
     register(simple.POOL)
     register(simple.LINEAR)
     register(simple.NONE)
     register(channel.MLP_SLICE)
+    register(spectral.FNET)
+    register(spectral.GLOBAL_FILTER)
+    register(spectral.AFNO)
+    register(wavelet.SCATTERING)

@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mixerzoo import MixerzooError
-from mixerzoo_mixers._parts import read_out
+from mixerzoo import AttentionView, MixerzooError
+from mixerzoo_mixers._parts import read_out, split_heads
 
 
 def need_grid(mixer: str, grid: tuple[int, int] | None) -> tuple[int, int]:
@@ -64,3 +64,13 @@ def read_grid(readout: nn.Linear, mixed: Tensor, x: Tensor) -> Tensor:
     mean = mixed.mean(dim=1, keepdim=True).expand(-1, prefix, -1)
     own = torch.cat((torch.cat((mean, mixed), dim=1), x), dim=-1)
     return read_out(readout, own, x[:, :prefix].mean(dim=1, keepdim=True))
+
+
+def inherit_prefix(view: AttentionView, readout: nn.Linear, prefix: int) -> None:
+    """Start the readout of `read_grid` for the mean of the prefix tokens: each head's mean attention to them."""
+    if not prefix:
+        return
+    share = view.mean_attention[:, :, :prefix].sum(dim=2).mean(dim=1)
+    heads = len(share)
+    values = share[:, None, None] * split_heads(view.v_weight, heads, 0)
+    readout.weight[:, -view.v_weight.shape[1] :] = view.out_weight @ values.flatten(0, 1)

@@ -5,6 +5,9 @@ Shapes: B batch, N tokens, D model width, H heads, K the teacher's head width, R
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -79,6 +82,30 @@ def split_heads(x: Tensor, heads: int, dim: int = -1) -> Tensor:
 def at_least_float(x: Tensor) -> Tensor:
     """Return x in float32 if it is of lower precision; float64 stays as it is, for gradcheck."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+class Constants(nn.Module):
+    """Matrices that are not learnt, by name; `make` returns them in float64.
+
+    They are made anew whenever the module is moved or cast, in its new precision but float32 at least, and exact
+    in it. They are not saved.
+    """
+
+    def __init__(self, make: Callable[[], dict[str, Tensor]]) -> None:
+        super().__init__()
+        self.make = make
+        for name, exact in make().items():
+            self.register_buffer(name, exact.to(torch.get_default_dtype()), persistent=False)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.get_buffer(name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, exact in self.make().items():
+            now = self.get_buffer(name)
+            setattr(self, name, exact.to(now.device, torch.promote_types(now.dtype, torch.float32)))
+        return self
 
 
 def factor(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:

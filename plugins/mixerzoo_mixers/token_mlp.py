@@ -1,12 +1,13 @@
-"""Mixers of a fixed length: what goes from token to token is a learnt matrix, the same for every input.
+"""Mixers of a fixed length: what goes from token to token is a learnt map, the same for every input.
 
-Shapes: B batch, N tokens, D model width, H heads, R head width of the mixer.
+Shapes: B batch, N tokens, D model width, H heads, K the teacher's head width, R the mixer's, T hidden tokens.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mixerzoo import AttentionView, Caps, MixerSpec
 from mixerzoo_mixers._parts import check_tokens, head_width, inherit_values, split_heads, zero_padding
@@ -51,39 +52,75 @@ def inherit_static(mixer: Static, view: AttentionView) -> None:
     inherit_values(view, split_heads(mixer.value.weight, len(mixer.mixing), 0), mixer.readout)
 
 
-class GluMlp(nn.Module):
-    """Gated token mixing: y_n = W [g(x_n) * sum_m A_hnm (V_h x_m + c_h) for all h; x_n] + b. (B, N, D) -> (B, N, D).
+class TokenMlp(nn.Module):
+    """MLP-Mixer's token-mixing MLP: y_n = W [(W2_h gelu(W1_h V_h x + b1_h) + b2_h)_n for all h; x_n] + b.
 
-    A is (H, N, N), lower triangular if causal; V_h is (R, D). g(x) = 2 sigmoid(G x + e) is 1 where its weights
-    are 0: then this is `Static`.
+    (B, N, D) -> (B, N, D). It works along the tokens, the same for every channel of a head: V_h is (K, D), W1_h
+    (T, N), W2_h (N, T), with T about N * width hidden tokens, an even number. Unlike in the paper, each head has an
+    MLP of its own, and works on values: so the teacher's heads can be inherited. If causal, hidden token t belongs
+    to the token `position[t]`: it sees none that come later, and is seen by none that come earlier.
     """
+
+    position: Tensor
 
     def __init__(self, dim: int, heads: int, tokens: int, width: float, causal: bool) -> None:
         super().__init__()
-        rank = head_width(dim, heads, width)
+        rank = head_width(dim, heads, 1.0)
+        pairs = max(1, round(tokens * width / 2))
         self.tokens, self.causal = tokens, causal
-        self.mixing = nn.Parameter(torch.randn(heads, tokens, tokens) * tokens**-0.5)
-        self.value_gate = nn.Linear(dim, 2 * heads * rank)  # value and gate in one product
+        self.value = nn.Linear(dim, heads * rank, bias=False)
+        self.weight1 = nn.Parameter(torch.randn(heads, 2 * pairs, tokens) * tokens**-0.5)
+        self.bias1 = nn.Parameter(torch.zeros(heads, 2 * pairs))
+        self.weight2 = nn.Parameter(torch.randn(heads, tokens, 2 * pairs) * (2 * pairs) ** -0.5)
+        self.bias2 = nn.Parameter(torch.zeros(heads, tokens))
         self.readout = nn.Linear(heads * rank + dim, dim)
+        position = torch.arange(pairs) * tokens // pairs
+        self.register_buffer("position", position.repeat(2), persistent=False)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Mix x (B, N, D); where mask (B, N) is False, a token adds nothing to the others."""
         check_tokens(x, self.tokens)
         x = zero_padding(x, mask)
-        value, gate = self.value_gate(x).chunk(2, dim=-1)
-        mixed = mix(self.mixing, zero_padding(value, mask), self.causal)
-        y: Tensor = self.readout(torch.cat((mixed * (2 * gate.sigmoid()), x), dim=-1))
+        weight1, weight2 = self._causal_weights() if self.causal else (self.weight1, self.weight2)
+        value = split_heads(self.value(x), len(weight1))
+        # In this order both are one matrix product a head, and nothing is copied between them.
+        hidden = torch.einsum("htn,bnhk->htbk", weight1, value) + self.bias1[:, :, None, None]
+        mixed = torch.einsum("hnt,htbk->bnhk", weight2, F.gelu(hidden)) + self.bias2.mT.unsqueeze(-1)
+        y: Tensor = self.readout(torch.cat((mixed.flatten(2), x), dim=-1))
         return y
 
+    def _causal_weights(self) -> tuple[Tensor, Tensor]:
+        token = torch.arange(self.tokens, device=self.position.device)
+        later = token > self.position.unsqueeze(1)  # (T, N)
+        earlier = token.unsqueeze(1) < self.position  # (N, T)
+        return self.weight1.masked_fill(later, 0), self.weight2.masked_fill(earlier, 0)
 
-def inherit_glu(mixer: GluMlp, view: AttentionView) -> None:
-    """Start as the teacher's attention with its mean map and an open gate."""
-    mixer.mixing.copy_(view.mean_attention)
-    mixer.value_gate.weight.zero_()
-    mixer.value_gate.bias.zero_()
-    value = mixer.value_gate.weight.chunk(2)[0]
-    nn.init.kaiming_uniform_(value, a=5**0.5)  # for units that the teacher has no counterpart for
-    inherit_values(view, split_heads(value, len(mixer.mixing), 0), mixer.readout)
+
+def inherit_token_mlp(mixer: TokenMlp, view: AttentionView) -> None:
+    """Start as the teacher's attention with its mean map, as far as T / 2 components give it.
+
+    gelu(a) - gelu(-a) = a: two hidden tokens make a linear one. The components are the leading singular ones of each
+    head's map; if causal, its rows at evenly spaced tokens, each of which stands for those up to the next.
+    """
+    maps = view.mean_attention
+    pairs, tokens = len(mixer.position) // 2, maps.shape[-1]
+    kept = min(pairs, tokens)
+    into, out = torch.zeros_like(mixer.weight1[:, :pairs]), torch.zeros_like(mixer.weight2[..., :pairs])
+    if mixer.causal:
+        first = mixer.position[:pairs]
+        latest = (first <= torch.arange(tokens, device=first.device).unsqueeze(1)).sum(dim=1) - 1
+        into.copy_(maps[:, first])
+        out.copy_(F.one_hot(latest, pairs))
+    else:
+        u, s, vh = torch.linalg.svd(maps.double())
+        root = s.sqrt()[:, :kept]
+        into[:, :kept] = (root.unsqueeze(-1) * vh[:, :kept]).to(into.dtype)
+        out[..., :kept] = (root.unsqueeze(1) * u[..., :kept]).to(out.dtype)
+    mixer.weight1.copy_(torch.cat((into, -into), dim=1))
+    mixer.weight2.copy_(torch.cat((out, -out), dim=2))
+    mixer.bias1.zero_()
+    mixer.bias2.zero_()
+    inherit_values(view, split_heads(mixer.value.weight, len(maps), 0), mixer.readout)
 
 
 STATIC = MixerSpec(
@@ -99,16 +136,15 @@ STATIC = MixerSpec(
     letter="S",
 )
 
-GLU_MLP = MixerSpec(
-    name="glu_mlp",
-    build=GluMlp,
-    summary="a gated fixed token-mixing matrix a head, and the token itself",
-    widths=(0.5, 1.0),
+TOKEN_MLP = MixerSpec(
+    name="token_mlp",
+    build=TokenMlp,
+    summary="an MLP along the tokens a head, and the token itself",
+    widths=(0.125, 0.25, 0.5),
     caps=Caps(causal=True, masks=True, exportable=True),
-    inherit=inherit_glu,
+    inherit=inherit_token_mlp,
     readout="readout",
     cost="N D^2 + N^2 D",
-    paper="own design; gating after GLU, arXiv 1612.08083, and gMLP, arXiv 2105.08050; GLUs instead of "
-    "attention: Activator, arXiv 2405.15953",
-    letter="G",
+    paper="MLP-Mixer, arXiv 2105.01601, with an MLP a head",
+    letter="T",
 )

@@ -3,17 +3,33 @@
 They are what the tests compare values and gradients with; nothing else uses them.
 """
 
-from mixerzoo_mixers.naive import channel, linear, recurrent, shallow_ffn, simple, ssm, token_mlp
+from mixerzoo_mixers.naive import (
+    channel,
+    gated_mlp,
+    linear,
+    linear_grid,
+    recurrent,
+    shallow_ffn,
+    simple,
+    spectral,
+    ssm,
+    token_mlp,
+    wavelet,
+)
 from mixerzoo_mixers.naive._parts import REFERENCES, Reference
 
 __all__ = [
     "REFERENCES",
     "Reference",
     "channel",
+    "gated_mlp",
     "linear",
+    "linear_grid",
     "recurrent",
     "shallow_ffn",
     "simple",
+    "spectral",
     "ssm",
     "token_mlp",
+    "wavelet",
 ]

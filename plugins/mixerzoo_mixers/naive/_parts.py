@@ -6,6 +6,7 @@ tokens are real. Nothing here shares code with the mixers. Shapes: N tokens, D m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,9 +35,20 @@ def sigmoid(x: Tensor) -> Tensor:
     return 1 / (1 + torch.exp(-x))
 
 
+def gelu(x: Tensor) -> Tensor:
+    """Return x times the probability that a standard normal variable is below x."""
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
 def silu(x: Tensor) -> Tensor:
     """Return x sigmoid(x)."""
     return x * sigmoid(x)
+
+
+def layer_norm(weight: Tensor, bias: Tensor, x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Return one vector x with mean 0 and variance 1, times weight, plus bias."""
+    centred = x - x.mean()
+    return weight * centred / torch.sqrt((centred**2).mean() + eps) + bias
 
 
 def sources(n: int, real: Tensor, causal: bool) -> list[int]:

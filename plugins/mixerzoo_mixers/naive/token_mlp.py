@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixerzoo_mixers.naive._parts import affine, each, reference, sigmoid, sources
+from mixerzoo_mixers.naive._parts import affine, each, gelu, reference, sources
 
 
 @reference
@@ -27,21 +27,32 @@ def static(mixer: Any, x: Tensor, real: Tensor) -> Tensor:
 
 
 @reference
-def glu_mlp(mixer: Any, x: Tensor, real: Tensor) -> Tensor:
-    """y_n = W [2 sigmoid(G x_n + e) * sum_m A_hnm (V_h x_m + c_h) for all h; x_n] + b."""
-    heads = len(mixer.mixing)
+def token_mlp(mixer: Any, x: Tensor, real: Tensor) -> Tensor:
+    """y_n = W [sum_t W2_hnt gelu(sum_m W1_htm V_h x_m + b1_ht) + b2_hn for all h; x_n] + b.
 
-    def value_gate(n: int) -> tuple[Tensor, Tensor]:
-        value, gate = affine(mixer.value_gate, x[n]).chunk(2)
-        return value, gate
+    If causal, hidden token t of either half of the T belongs to token p(t) = floor(t N / (T / 2)): m <= p(t) <= n.
+    """
+    heads, hidden, tokens = mixer.weight1.shape
+    values = mixer.value.weight.chunk(heads)
+    places = 2 * [t * tokens // (hidden // 2) for t in range(hidden // 2)]
+
+    def unit(h: int, t: int) -> Tensor:
+        seen = [m for m in range(tokens) if bool(real[m]) and (m <= places[t] or not mixer.causal)]
+        total = mixer.bias1[h, t] + torch.zeros_like(values[h] @ x[0])
+        for m in seen:
+            total = total + mixer.weight1[h, t, m] * (values[h] @ x[m])
+        return gelu(total)
+
+    units = [[unit(h, t) for t in range(hidden)] for h in range(heads)]
 
     def token(n: int) -> Tensor:
-        seen = sources(n, real, mixer.causal)
-        mixed = [
-            torch.stack([mixer.mixing[h, n, m] * value_gate(m)[0].chunk(heads)[h] for m in seen]).sum(0)
-            for h in range(heads)
-        ]
-        gate = 2 * sigmoid(value_gate(n)[1])
-        return affine(mixer.readout, torch.cat((gate * torch.cat(mixed), x[n])))
+        mixed = []
+        for h in range(heads):
+            total = mixer.bias2[h, n] + torch.zeros_like(units[h][0])
+            for t in range(hidden):
+                if places[t] <= n or not mixer.causal:
+                    total = total + mixer.weight2[h, n, t] * units[h][t]
+            mixed.append(total)
+        return affine(mixer.readout, torch.cat((*mixed, x[n])))
 
     return each(x, real, token)
