@@ -48,33 +48,23 @@ def main() -> None:
 
 
 @main.command()
-def mixers() -> None:
-    """List the mixers, and the plugins that could not be loaded."""
+@click.argument("names", nargs=-1)
+def mixers(names: tuple[str, ...]) -> None:
+    """List the mixers, and the plugins that could not be loaded; with NAMES, all about those mixers."""
     from rich.console import Console
-    from rich.table import Table
 
+    from mixerzoo.listing import LEGEND, details, mixer_table
     from mixerzoo.registry import get_registry
 
     registry = get_registry()
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("mixer", "", "from", "sites", "widths", "capabilities", "cost", "paper"):
-        table.add_column(column, overflow="fold")
-    for spec in registry.mixers:
-        claims = [name for name, claimed in vars(spec.caps).items() if claimed]
-        claims += ["inherits"] if spec.inherit else []
-        claims += ["closed form"] if spec.readout else []
-        table.add_row(
-            spec.name,
-            spec.letter,
-            str(registry.mixers.origin(spec.name)),
-            ", ".join(sorted(spec.kinds)),
-            " ".join(f"{width:g}" for width in spec.widths),
-            ", ".join(claim.replace("_", " ") for claim in claims),
-            spec.cost,
-            spec.paper,
-        )
+    if names:
+        known = registry.mixers
+        told = [details(known.get(name), known.origin(name)) for name in names]
+        click.echo("\n\n".join(told))
+        return
     console = Console() if sys.stdout.isatty() else Console(width=200)
-    console.print(table)
+    console.print(mixer_table(registry))
+    console.print(f"\n{LEGEND}", highlight=False)
     for broken in registry.broken:
         origin = broken.origin
         console.print(
@@ -103,6 +93,25 @@ def check(names: tuple[str, ...], every: bool) -> None:
             click.echo(f"{mark} {spec.name:<18} {result.name:<24} {result.message}".rstrip())
     if failed:
         raise MixerzooError(f"{failed} checks failed")
+
+
+@main.command("new-plugin")
+@click.argument("name")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of the plugin; it must not exist.  [default: mixerzoo-<name>]",
+)
+def new_plugin(name: str, out: Path | None) -> None:
+    """Write a plugin with a small mixer called NAME, to begin from.
+
+    It is a complete distribution that passes its own tests once it is installed.
+    """
+    from mixerzoo import new_plugin as plugin
+
+    mixer, folder = plugin.new_plugin(name, out)
+    click.echo(plugin.next_steps(mixer, folder))
 
 
 @main.command()

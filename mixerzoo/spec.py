@@ -5,6 +5,7 @@ Shapes: B batch, N tokens, D model width, H heads, K head width.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -246,6 +247,14 @@ class MixerSpec:
                 + ", ".join(OFFERS)
             )
         return tuple(p.name for p in parameters)
+
+    @property
+    def family(self) -> str:
+        """Last part of the name of the module that `build` is written in."""
+        build: Any = self.build
+        while isinstance(build, functools.partial):
+            build = build.func
+        return str(getattr(build, "__module__", None) or type(build).__module__).rpartition(".")[2]
 
     def make(self, site: Site, width: float) -> nn.Module:
         """Build the mixer for `site` at `width`; randomly initialised, in train mode.

@@ -1,5 +1,6 @@
 """The command line: mistakes cost one line and leave nothing behind; results are printed, progress is not."""
 
+import io
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import tiny
 import tiny_search
 from click.testing import CliRunner
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
 
@@ -19,6 +21,7 @@ from mixerzoo import Caps, MixerSpec, hookimpl
 from mixerzoo.cli import main
 from mixerzoo.hosts.timm_vit import _timm
 from mixerzoo.latency import Stopwatch
+from mixerzoo.listing import families, marks, mixer_table
 from mixerzoo.registry import Origin, get_registry, temporary_plugin
 from mixerzoo.teachers import digits_vit
 from mixerzoo_search.pipeline import SearchResult
@@ -256,11 +259,11 @@ def test_a_budget_out_of_reach_names_the_fastest_plan(search, here, store):
 
 
 def test_a_budget_that_is_missed_in_the_end_is_code_3(search, here, store, monkeypatch):
-    def time(self, students, *, rounds=0, on_round=lambda done: None):
+    def time(self, students, *, rounds=None, on_round=lambda done: None):
         found = tiny_search.ruled_time(self, students, on_round=on_round)
         if set(students) != {"student"}:
             return found
-        return found | {"student": type(found["student"])(median=9, low=9, high=9, ratio=9.0)}
+        return found | {"student": type(found["student"])(median=9, low=9, high=9, ratio=9.0, error=0.0)}
 
     monkeypatch.setattr(Stopwatch, "time", time)
     result = search(*store, "--trials", "2", "--finetune-minutes", "0")
@@ -325,7 +328,7 @@ def test_help_is_light(words, tmp_path):
 def test_help_lists_every_command():
     result = CliRunner().invoke(main, ["--help"])
     assert result.exit_code == 0
-    for command in ("mixers", "check", "sites", "search", "profile", "ui"):
+    for command in ("mixers", "check", "new-plugin", "sites", "search", "profile", "ui"):
         assert f"\n  {command} " in result.stdout
 
 
@@ -346,10 +349,36 @@ def test_mixers_lists_what_is_broken_below_the_table():
     assert result.exit_code == 0
     table, _, below = result.stdout.partition("broken plugin")
     for spec in registry.mixers:
-        assert f"\n{spec.name} " in table
+        assert f"\n  {spec.name} " in table
     assert "mixerzoo 0.1.0" in table
     assert below.startswith(" 'bad' of mixerzoo-bad 3.2: ImportError: no module named 'gone'")
     assert below.count("\n") == 1
+
+
+@pytest.mark.parametrize("columns", [100, 120])
+def test_mixers_fit_a_terminal(columns):
+    console = Console(width=columns, file=io.StringIO())
+    console.print(mixer_table(get_registry()))
+    lines = console.file.getvalue().splitlines()
+    rows = [line.split() for line in lines]
+    for spec in get_registry().mixers:
+        (row,) = [row for row in rows if row[:2] == [spec.name, spec.letter]]
+        assert row[2] in ("attn", "mlp", "both")
+        assert row[3] in ("any", "grid", "fixed")
+        assert row[4:9] == marks(spec).split()
+        assert row[9] == f"{spec.widths[0]:g}"
+    # Each mixer takes a line or two, three at most, and each family a heading and an empty line.
+    assert len(lines) < 3 * len(get_registry().mixers) + 2 * len(families(get_registry().mixers)) + 1
+
+
+def test_mixers_tells_all_about_those_that_are_named():
+    result = CliRunner().invoke(main, ["mixers", "static", "none"])
+    assert result.exit_code == 0
+    static, none = result.stdout.split("\n\n")
+    for text in ("what it is", "letter      S", "mixerzoo 0.1.0, token_mlp", "N^2 D", "arXiv 2005.00743"):
+        assert text in static
+    assert "attention, mlp" in none
+    assert_refused(CliRunner().invoke(main, ["mixers", "nnoe"]), "did you mean 'none'?")
 
 
 def test_sites_lists_the_sites_and_what_only_looks_like_one():

@@ -1,9 +1,10 @@
 """What the documents say is so: help texts, options, links, make targets, files of a run, and the README's plugin.
 
-`python tests/test_docs.py --write` (or `make docs`) writes docs/cli.md anew.
+`python tests/test_docs.py --write` (or `make docs`) writes docs/cli.md and docs/zoo.md anew.
 """
 
 import ast
+import importlib
 import re
 import sys
 import tomllib
@@ -15,12 +16,15 @@ from click.testing import CliRunner
 
 from mixerzoo.cli import main
 from mixerzoo.data import shuffled_splits
-from mixerzoo.registry import temporary_plugin
+from mixerzoo.listing import families, length
+from mixerzoo.registry import get_registry, temporary_plugin
 from mixerzoo.testing import run_checks
+from mixerzoo_mixers import _grid
 from mixerzoo_search import context
 
 ROOT = Path(__file__).parent.parent
 CLI = ROOT / "docs" / "cli.md"
+ZOO = ROOT / "docs" / "zoo.md"
 HOW = ROOT / "docs" / "how-it-works.md"
 README = ROOT / "README.md"
 GUIDES = sorted([README, *(ROOT / "docs").glob("*.md")])
@@ -65,6 +69,79 @@ def reference():
     return "\n\n".join(parts) + "\n"
 
 
+ZOO_INTRO = """\
+# The zoo
+
+Every mixer that comes with mixerzoo, a family after the other.
+This page is what they say of themselves, written by `make docs`. `mixerzoo mixers` lists those that are installed,
+those of plugins too, and `mixerzoo mixers static` tells all about one.
+
+![The built-in mixers](zoo.png)
+
+| column | meaning |
+|---|---|
+| letter | stands for the mixer in the nickname of a plan, such as `A3-G4-N1` |
+| at | the kinds of site it can stand at |
+| widths | what the search chooses from, as fractions of the natural size |
+| cost | how time grows with the tokens N and the model width D; a search goes by measured latency alone |
+| tokens | the numbers its weights work for: `any`, the teacher's (`fixed`), or the teacher's `grid` of patches |
+| causal | a token can be kept from seeing later ones, as language models need it |
+| masks | padding can be named, and then changes nothing |
+| exportable | `torch.export` works, with a dynamic batch; tests take these to ONNX Runtime too |
+| inherits | starts from the weights and the mean attention of what it replaces |
+| readout | its last linear layer is solved in closed form |
+
+Each claim is checked, by `mixerzoo check`; [what exactly it promises](plugins.md#claims).
+
+## Class and register tokens
+
+{rule}
+
+## One of your own
+
+`mixerzoo new-plugin my-mixer` writes a plugin with a small mixer that works; [write a mixer plugin](plugins.md) goes on
+from there. To add one to this page, see [contributing](../CONTRIBUTING.md#add-a-mixer)."""
+
+
+def builtin_mixers():
+    """Return the specs of the mixers that come with mixerzoo; plugins that happen to be installed have more."""
+    mixers = get_registry().mixers
+    return [spec for spec in mixers if mixers.origin(spec.name).distribution == "mixerzoo"]
+
+
+def zoo_row(spec):
+    """Return a mixer's row of docs/zoo.md."""
+    caps = spec.caps
+    paper = re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", spec.paper)
+    able = (caps.causal, caps.masks, caps.exportable, spec.inherit is not None, spec.readout is not None)
+    cells = [
+        f"`{spec.name}`",
+        spec.letter,
+        spec.summary,
+        ", ".join(sorted(spec.kinds)),
+        " ".join(f"{width:g}" for width in spec.widths),
+        f"`{spec.cost}`",
+        length(spec),
+        *("yes" if claimed else "no" for claimed in able),
+        paper,
+    ]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def zoo():
+    """Return the text of docs/zoo.md."""
+    # The rule is told where it is followed, and quoted from there.
+    rule = _grid.__doc__[_grid.__doc__.index("Class and register") : _grid.__doc__.index("Shapes:")].strip()
+    columns = ["mixer", "letter", "what it is", "at", "widths", "cost", "tokens"]
+    columns += ["causal", "masks", "exportable", "inherits", "readout", "paper"]
+    head = f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
+    parts = [ZOO_INTRO.format(rule=rule)]
+    for family, specs in families(builtin_mixers()).items():
+        about = importlib.import_module(f"mixerzoo_mixers.{family}").__doc__.partition("\n\n")[0]
+        parts += [f"## {family}", about.strip(), "\n".join([head, *map(zoo_row, specs)])]
+    return "\n\n".join(parts) + "\n"
+
+
 def options_of(command):
     """Return the flags that a command takes."""
     return {"--help"} | {flag for p in command.params for flag in (*p.opts, *p.secondary_opts)}
@@ -94,6 +171,18 @@ def invocations(path):
 
 def test_the_page_of_the_command_line_is_what_help_prints():
     assert CLI.read_text(encoding="utf-8") == reference(), "docs/cli.md is out of date: run `make docs`"
+
+
+def test_the_page_of_the_mixers_is_what_they_say_of_themselves():
+    assert ZOO.read_text(encoding="utf-8") == zoo(), "docs/zoo.md is out of date: run `make docs`"
+
+
+def test_the_page_of_the_mixers_has_a_row_for_each_of_mixerzoos_own():
+    text = ZOO.read_text(encoding="utf-8")
+    assert len(builtin_mixers()) >= 10
+    for spec in builtin_mixers():
+        assert text.count(f"\n| `{spec.name}` | {spec.letter} |") == 1
+    assert "`shift`" not in text
 
 
 @pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.name)
@@ -134,8 +223,16 @@ def test_every_relative_link_resolves(path):
 
 
 def test_the_readme_links_to_every_document():
+    """A picture need not be in the README itself: a page of docs/ may show it."""
     linked = {(ROOT / target.partition("#")[0]).resolve() for target in targets(README)}
-    assert {path for path in (ROOT / "docs").iterdir() if path.resolve() not in linked} == set()
+    shown = {
+        (page.parent / target).resolve()
+        for page in GUIDES
+        for target in targets(page)
+        if target.endswith(".png")
+    }
+    found = {path for path in (ROOT / "docs").iterdir() if path.resolve() not in linked | shown}
+    assert found == set()
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -169,6 +266,18 @@ def test_the_plugin_of_the_readme_passes_its_checks():
         results = run_checks(registry.mixers.get("mean"))
     assert [result.message for result in results if result.failed] == []
     assert {"shape", "tokens_mix", "readout"} <= {result.name for result in results if result.passed}
+
+
+def test_the_mixer_that_is_shown_to_contributors_is_as_it_is_in_the_zoo():
+    blocks = FENCE.findall((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    (diff,) = (block for language, block in blocks if language == "diff")
+    parts = re.split(r"^--- a/\S+\n\+\+\+ b/(\S+)\n", diff, flags=re.MULTILINE)[1:]
+    assert len(parts) == 6
+    for name, lines in zip(parts[::2], parts[1::2], strict=True):
+        source = (ROOT / name).read_text(encoding="utf-8")
+        # A part may leave out what stands between two definitions.
+        for chunk in re.split(r"^\+\n\+\n", lines, flags=re.MULTILINE):
+            assert re.sub(r"^\+", "", chunk, flags=re.MULTILINE).strip() in source, name
 
 
 def test_every_file_that_a_search_keeps_is_described():
@@ -208,5 +317,6 @@ def test_the_numbers_of_images_are_those_of_the_code():
 if __name__ == "__main__":
     if sys.argv[1:] != ["--write"]:
         sys.exit("usage: python tests/test_docs.py --write")
-    CLI.write_text(reference(), encoding="utf-8")
-    print(f"wrote {CLI.relative_to(ROOT)}")
+    for page, written in ((CLI, reference()), (ZOO, zoo())):
+        page.write_text(written, encoding="utf-8")
+        print(f"wrote {page.relative_to(ROOT)}")

@@ -177,7 +177,9 @@ def test_an_installed_plugin_is_found_and_passes_its_checks(fresh_env, tmp_path)
 @pytest.mark.slow
 def test_a_search_takes_an_installed_plugins_mixer(fresh_env, tmp_path):
     listed = run(fresh_env, "-m", "mixerzoo", "mixers", cwd=tmp_path)
-    assert any(line.split()[:4] == ["shift", "S", "mixerzoo-shift", "0.1.0"] for line in listed.splitlines())
+    rows = [line.split() for line in listed.splitlines()]
+    assert ["mixerzoo_shift", "mixerzoo-shift", "0.1.0"] in rows
+    assert any(row[:2] == ["shift", "S"] for row in rows)
     words = ("--mixers", "shift,none", "--budget", "80%", "--images", "40", "--trials", "4", "--threads", "1")
     words += ("--distill-steps", "0", "--finetune-minutes", "0", "--json")
     said = run(fresh_env, "-W", "error::UserWarning", "-m", "mixerzoo", "search", *words, cwd=tmp_path)
@@ -199,6 +201,27 @@ def test_the_plugins_own_tests_pass(fresh_env, source, tmp_path):
     said = run(fresh_env, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", tests, cwd=tmp_path)
     assert " passed" in said
     assert "skipped" not in said
+
+
+@pytest.mark.slow
+def test_a_new_plugin_passes_its_own_tests_once_it_is_installed(fresh_env, tmp_path):
+    said = run(fresh_env, "-m", "mixerzoo", "new-plugin", "my-mixer", cwd=tmp_path)
+    assert said.startswith("wrote mixerzoo-my-mixer;")
+    plugin = tmp_path / "mixerzoo-my-mixer"
+    # What is installed is removed in the end: the environment is that of all tests here.
+    pip = (sys.executable, "-m", "pip", "--python", fresh_env)
+    install = ("install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation")
+    run(*pip, *install, "--disable-pip-version-check", "--editable", plugin, cwd=tmp_path)
+    try:
+        tests = run(fresh_env, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", cwd=plugin)
+        assert " passed" in tests
+        assert "skipped" not in tests
+        listed = run(fresh_env, "-m", "mixerzoo", "mixers", "my_mixer", cwd=tmp_path)
+        assert "mixerzoo-my-mixer 0.1.0" in listed
+        again = run(fresh_env, "-m", "mixerzoo", "check", "my_mixer", cwd=tmp_path)
+        assert "FAIL" not in again
+    finally:
+        run(*pip, "uninstall", "--quiet", "--yes", "mixerzoo-my-mixer", cwd=tmp_path)
 
 
 def test_the_editable_install_works_from_elsewhere(tmp_path):
