@@ -10,9 +10,12 @@ from mixerzoo_mixers import (
     gated_mlp,
     linear,
     linear_grid,
+    local,
     recurrent,
+    reduced,
     shallow_ffn,
     simple,
+    sparse,
     spectral,
     ssm,
     token_mlp,
@@ -38,6 +41,13 @@ def register_mixers(register: Callable[[MixerSpec], None]) -> None:
     register(recurrent.MULTIHEAD_LSTM)
     register(shallow_ffn.SHALLOW_FFN)
     register(shallow_ffn.SHALLOW_FFN_HEADS)
+    register(local.WINDOW)
+    register(local.DWCONV)
+    register(sparse.FACTORIZED)
+    register(sparse.TOPK_ATTENTION)
+    register(reduced.STRIP)
+    register(reduced.CASCADED_GROUP)
+    register(reduced.FEWER_HEADS)
     register(simple.POOL)
     register(simple.LINEAR)
     register(simple.NONE)
