@@ -8,11 +8,14 @@ from mixerzoo import MixerSpec, hookimpl
 from mixerzoo_mixers import (
     channel,
     gated_mlp,
+    kernel,
     linear,
     linear_grid,
     local,
+    polynomial,
     recurrent,
     reduced,
+    sea,
     shallow_ffn,
     simple,
     sparse,
@@ -37,6 +40,8 @@ def register_mixers(register: Callable[[MixerSpec], None]) -> None:
     register(linear_grid.FOCUSED_LINEAR)
     register(linear_grid.LITE_MLA)
     register(linear_grid.L2_LINEAR)
+    register(kernel.SOFT)
+    register(kernel.TOEPLITZ_KERNEL)
     register(ssm.MAMBA)
     register(recurrent.MULTIHEAD_LSTM)
     register(shallow_ffn.SHALLOW_FFN)
@@ -45,9 +50,11 @@ def register_mixers(register: Callable[[MixerSpec], None]) -> None:
     register(local.DWCONV)
     register(sparse.FACTORIZED)
     register(sparse.TOPK_ATTENTION)
+    register(sea.SEA)
     register(reduced.STRIP)
     register(reduced.CASCADED_GROUP)
     register(reduced.FEWER_HEADS)
+    register(polynomial.POLYNOMIAL)
     register(simple.POOL)
     register(simple.LINEAR)
     register(simple.NONE)
