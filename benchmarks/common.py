@@ -18,11 +18,14 @@ quick_option = click.option(
 )
 
 
-def write(path: Path | None, figures: dict[str, Any]) -> None:
-    """Print the figures as JSON with the environment in them, and write them to `path` if given."""
-    conditions = Conditions(threads=default_threads())
+def write(
+    path: Path | None, figures: dict[str, Any], *, threads: int | None = None, echo: bool = True
+) -> None:
+    """Print the figures as JSON with the environment in them (unless not to `echo`); write them to `path` if given."""
+    conditions = Conditions(threads=threads or default_threads())
     text = json.dumps({"environment": environment(conditions)} | figures, indent=2)
-    click.echo(text)
+    if echo:
+        click.echo(text)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n", encoding="utf-8")

@@ -26,7 +26,8 @@ STEPS = 10
 LEAST = 1e-2  # tokens that a landmark stands for
 EPS = 1e-6
 FEATURES = 16
-# Above this many tokens for each feature the Fourier transform is the faster way, by a few measurements on a CPU.
+# Above this many tokens for each feature, the sums are made by Fourier transform: the maps would take more memory, and
+# there it is no slower (at fewer tokens it is, on a CPU).
 CROSSOVER = 200
 
 
