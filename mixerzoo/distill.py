@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -74,6 +75,18 @@ class Distilled:
     params: int
     seconds: float
     failed: str = ""
+
+
+class Pairs(Protocol):
+    """Inputs x and wanted outputs y of a mixer, (n, N, D) each, over n images; `SiteCapture` is one."""
+
+    @property
+    def x(self) -> torch.Tensor:
+        """What the mixer is given."""
+
+    @property
+    def y(self) -> torch.Tensor:
+        """What it should make of it."""
 
 
 def held_out_rows(images: int) -> tuple[slice, slice]:
@@ -149,7 +162,7 @@ def distill(
 
 
 @torch.inference_mode()
-def evaluate(mixer: nn.Module, captured: SiteCapture) -> float:
+def evaluate(mixer: nn.Module, captured: Pairs) -> float:
     """Return the held-out NMSE."""
     _, held_out = held_out_rows(len(captured.x))
     error = 0.0
@@ -159,11 +172,14 @@ def evaluate(mixer: nn.Module, captured: SiteCapture) -> float:
 
 
 @torch.inference_mode()
-def solve_readout(mixer: nn.Module, readout: str, captured: SiteCapture) -> tuple[float, float]:
+def solve_readout(
+    mixer: nn.Module, readout: str, captured: Pairs, *, anchored: bool = False
+) -> tuple[float, float]:
     """Solve the mixer's last linear layer by ridge regression, if that makes it better.
 
-    One pass is enough: what the Gram matrices hold tells the held-out NMSE of any readout. Returns that of the
-    readout as it was and of the solved one; NaN where there was no solution.
+    The penalty is on the layer's weights; `anchored`, on their change. One pass is enough: what the Gram matrices
+    hold tells the held-out NMSE of any readout. Returns that of the readout as it was and of the solved one; NaN
+    where there was no solution.
     """
     layer = mixer.get_submodule(readout)
     if not isinstance(layer, nn.Linear):
@@ -190,8 +206,9 @@ def solve_readout(mixer: nn.Module, readout: str, captured: SiteCapture) -> tupl
     kept = grams[1].rows * layer.out_features / captured.y[held_out].numel()
     spread = kept * _spread(captured.y[held_out])
     bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias
-    before = grams[1].error(torch.cat([layer.weight.T, bias[None]]).double()) / spread
-    found = solve(*grams, bias=layer.bias is not None)
+    now = torch.cat([layer.weight.T, bias[None]]).double()
+    before = grams[1].error(now) / spread
+    found = solve(*grams, bias=layer.bias is not None, start=now if anchored else None)
     if found is None:
         return before, math.nan
     solved = found.nmse * grams[1].spread() / spread
@@ -251,12 +268,18 @@ def set_linear(layer: nn.Linear, weight: torch.Tensor, bias: torch.Tensor) -> No
 
 
 def take_steps(
-    mixer: nn.Module, captured: SiteCapture, recipe: Recipe, nmse: float, *, readout: str | None
+    mixer: nn.Module,
+    captured: Pairs,
+    recipe: Recipe,
+    nmse: float,
+    *,
+    readout: str | None,
+    anchored: bool = False,
 ) -> tuple[float, int]:
     """Take AdamW steps on the NMSE; leave the mixer at its best held-out state. Returns that error and the steps.
 
-    A readout stays at its closed-form optimum and is solved again at every check: the steps are for what lies
-    before it (variable projection). Steps on a solved readout would first undo the solution.
+    A readout stays at its closed-form optimum and is solved again at every check (`anchored` or not): the steps
+    are for what lies before it (variable projection). Steps on a solved readout would first undo the solution.
     """
     train, _ = held_out_rows(len(captured.x))
     y_train = captured.y[train].float()
@@ -288,7 +311,10 @@ def take_steps(
         step += 1
         if step % every == 0 or step == recipe.steps:
             mixer.eval()
-            now = _lower(*solve_readout(mixer, readout, captured)) if readout else evaluate(mixer, captured)
+            if readout:
+                now = _lower(*solve_readout(mixer, readout, captured, anchored=anchored))
+            else:
+                now = evaluate(mixer, captured)
             mixer.train()
             stale = 0 if now < best else stale + 1
             if now < best:
@@ -298,7 +324,7 @@ def take_steps(
     return best, step
 
 
-def _batches(captured: SiteCapture, rows: slice) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _batches(captured: Pairs, rows: slice) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     for first in range(rows.start, rows.stop, BATCH):
         part = slice(first, min(first + BATCH, rows.stop))
         yield captured.x[part].float(), captured.y[part].float()

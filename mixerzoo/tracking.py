@@ -41,6 +41,12 @@ def resolve_uri(tracking_uri: str | None) -> str:
     return chosen or f"{_SQLITE}{Path.cwd() / 'mlflow.db'}"
 
 
+def is_there(tracking_uri: str | None) -> bool:
+    """Whether there is a store already; of a server it is taken for granted."""
+    uri = resolve_uri(tracking_uri)
+    return not uri.startswith(_SQLITE) or Path(uri.removeprefix(_SQLITE)).exists()
+
+
 class Tracker:
     """Writes the runs of one experiment.
 

@@ -251,8 +251,8 @@ def test_the_closed_form_gains_much(at):
 def test_a_worse_closed_form_is_not_taken(at, monkeypatch):
     from mixerzoo import distill as module
 
-    def ruin(*grams, bias):
-        found = solve(*grams, bias=bias)
+    def ruin(*grams, **options):
+        found = solve(*grams, **options)
         return replace(found, weight=found.weight * 0 + 100, nmse=1e6)
 
     monkeypatch.setattr(module, "solve", ruin)

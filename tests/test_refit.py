@@ -1,5 +1,8 @@
 """The sequential refit: closer to the teacher on images it has not seen, exact where it can be."""
 
+import copy
+from contextlib import contextmanager
+
 import pytest
 import tiny
 import torch
@@ -8,13 +11,14 @@ from torch import nn
 from mixerzoo import MixerSpec, hookimpl
 from mixerzoo.capture import capture
 from mixerzoo.data import image_batches
-from mixerzoo.distill import Recipe, distill
+from mixerzoo.distill import FeatureTap, Recipe, distill, held_out_rows
 from mixerzoo.hosts import Replacement, as_teacher, assemble, run_stages
 from mixerzoo.hosts.timm_vit import TimmVitHost
 from mixerzoo.opening import open_data, open_teacher
 from mixerzoo.plan import Candidate
-from mixerzoo.refit import refit
+from mixerzoo.refit import refit, refit_student
 from mixerzoo.registry import get_registry, temporary_plugin
+from mixerzoo.ridge import PENALTIES
 from mixerzoo.score import Judge
 from mixerzoo.student import make_replacement
 
@@ -236,8 +240,8 @@ def test_a_few_batches_do(count):
 
 
 @pytest.mark.parametrize("count", [2, 5])
-def test_the_last_batches_choose_the_penalty(count, monkeypatch):
-    from mixerzoo import refit as module
+def test_the_last_fifth_of_the_images_chooses_the_penalty(count, monkeypatch):
+    from mixerzoo import distill as module
 
     grams = []
     solve = module.solve
@@ -250,8 +254,8 @@ def test_the_last_batches_choose_the_penalty(count, monkeypatch):
     teacher = tiny.tiny_teacher()
     site = teacher.sites[0]
     modules = {site.name: make_replacement(Candidate("linear"), site)}
-    refit(teacher, modules, {site.name: "linear"}, tiny.tiny_batches(4 * count, batch_size=4))
-    assert grams == [(17 * 4 * (count - 1), 17 * 4)]
+    refit(teacher, modules, {site.name: "linear"}, tiny.tiny_batches(5 * count, batch_size=4))
+    assert grams == [(17 * 4 * count, 17 * count)]
 
 
 def test_too_few_images_do_no_harm():
@@ -289,3 +293,236 @@ def test_a_readout_without_a_bias():
         before = drift(teacher, modules, held_out())
         refit(teacher, modules, names, calibration())
         assert drift(teacher, modules, held_out()) < before
+
+
+def watched(model, site, x):
+    """Run a model whole; return the residual stream before a site, and the site's input and output."""
+    seen = {}
+    handles = [
+        model.get_submodule(site.norm).register_forward_pre_hook(
+            lambda _m, args: seen.__setitem__("residual", args[0])
+        ),
+        model.get_submodule(site.name).register_forward_hook(
+            lambda _m, args, out: seen.update(x=args[0], y=out)
+        ),
+    ]
+    model(x)
+    for handle in handles:
+        handle.remove()
+    return seen["residual"], seen["x"], seen["y"]
+
+
+@torch.no_grad()
+def slow_refit(teacher, modules, names, x):
+    """Refit as the mathematics have it: whole models for every site, targets over the gain, one solve a penalty."""
+    train, held_out = (rows for rows in held_out_rows(len(x)))
+    for site in teacher.sites:
+        if site.name not in names:
+            continue
+        mixer = modules[site.name].mixer
+        layer = mixer.get_submodule(get_registry().mixers.get(names[site.name]).readout)
+        true, _, wanted = watched(teacher.model, site, x)
+        given, into, _ = watched(assemble(teacher.model, modules), site, x)
+        gain = 1 if site.scale is None else teacher.model.get_submodule(site.scale).gamma
+        target = ((true + gain * wanted - given) / gain).double()
+        with FeatureTap(layer) as tap:
+            mixer(into)
+        z = tap.features().reshape(len(x), -1, layer.in_features).double()
+        z = torch.cat([z, torch.ones_like(z[..., :1])], -1)
+        rows, rest = (part.flatten(0, 1) for part in (z[train], z[held_out]))
+        start = torch.cat([layer.weight.T, layer.bias[None]]).double()
+        solutions = [start]
+        for penalty in (*PENALTIES, 1.0, 10.0):
+            ridge = torch.eye(z.shape[-1], dtype=z.dtype) * penalty * rows[:, :-1].square().sum(0).mean()
+            ridge[-1, -1] = 1e-9 * len(rows)
+            missing = target[train].flatten(0, 1) - rows @ start
+            solutions.append(start + torch.linalg.solve(rows.T @ rows + ridge, rows.T @ missing))
+        errors = [
+            (gain * (rest @ s - target[held_out].flatten(0, 1))).square().sum().item() for s in solutions
+        ]
+        best = solutions[errors.index(min(errors))].float()
+        layer.weight.copy_(best[:-1].T)
+        layer.bias.copy_(best[-1])
+
+
+@pytest.mark.parametrize("options", TEACHERS.values(), ids=TEACHERS)
+@pytest.mark.parametrize("kinds", [("attention",), ("mlp",), ("attention", "mlp")], ids="+".join)
+def test_it_is_what_the_slow_way_gives(options, kinds):
+    teacher = tiny.tiny_teacher(**options)
+    mixers = {"attention": "static", "mlp": "mlp_slice"}
+    names = {site.name: mixers[site.kind] for site in teacher.sites if site.kind in kinds}
+    modules, others = stitched(teacher, names), stitched(teacher, names)
+    refit(teacher, modules, names, calibration())
+    slow_refit(teacher, others, names, torch.cat(calibration()))
+    x = torch.cat(held_out())
+    with torch.no_grad():
+        torch.testing.assert_close(
+            assemble(teacher.model, modules)(x), assemble(teacher.model, others)(x), rtol=1e-3, atol=1e-3
+        )
+
+
+def count_images(model):
+    """Return module -> images that it has seen in batches; of its students' modules too."""
+    counts = dict.fromkeys(dict(model.named_modules()), 0)
+    for name, module in model.named_modules():
+
+        def seen(_module, args, name=name):
+            if len(args[0]) > 1:  # a host looks at one image to see whether its stages are right
+                counts[name] += len(args[0])
+
+        module.register_forward_pre_hook(seen)
+    return counts
+
+
+def test_no_more_is_run_than_has_to_be():
+    teacher = tiny.tiny_teacher(depth=4)
+    names = {site.name: "linear" for site in attention_sites(teacher)[1:3]}
+    modules = stitched(teacher, names)
+    counts = count_images(teacher.model)
+    refit(teacher, modules, names, calibration())
+    # The stages before the first site are the teacher's, and nothing behind the last site is needed.
+    assert counts["patch_embed"] == counts["blocks.0.mlp"] == IMAGES
+    assert counts["blocks.1.attn"] == counts["blocks.2.attn"] == IMAGES
+    assert counts["blocks.1.mlp"] == 2 * IMAGES  # of the teacher, and of the student on its way on
+    assert counts["blocks.2.mlp"] == counts["blocks.3.attn"] == counts["head"] == 0
+
+
+class Curved(nn.Module):
+    """A readout behind a hidden layer: there is something to learn before it."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.inner = nn.Linear(dim, 4)
+        self.readout = nn.Linear(4, dim)
+
+    def forward(self, x):
+        return self.readout(torch.tanh(self.inner(x + x.mean(1, keepdim=True))))
+
+
+class Open(Curved):
+    """The same, with the last layer not named."""
+
+
+class Spoilt(Curved):
+    """Was finite when it was distilled, and is not any more."""
+
+    spoilt = False
+
+    def forward(self, x):
+        return super().forward(x) * (float("nan") if self.spoilt else 1.0)
+
+
+@contextmanager
+def curved():
+    class Plugin:
+        @hookimpl
+        def register_mixers(self, register):
+            for name, build, readout in (
+                ("curved", Curved, "readout"),
+                ("open", Open, None),
+                ("spoilt", Spoilt, "readout"),
+            ):
+                register(MixerSpec(name=name, build=build, summary="-", readout=readout))
+
+    with temporary_plugin(Plugin()):
+        yield
+
+
+@pytest.mark.parametrize("options", [{}, {"init_values": 0.3}], ids=["plain", "scaled"])
+@pytest.mark.parametrize("mixer", ["curved", "open"])
+def test_steps_go_on_where_the_closed_form_ends(options, mixer):
+    with curved():
+        teacher = tiny.tiny_teacher(**options)
+        names = {site.name: mixer for site in attention_sites(teacher)}
+        closed, stepped = stitched(teacher, names), stitched(teacher, names)
+        refit(teacher, closed, names, calibration())
+        refit(teacher, stepped, names, calibration(), steps=200)
+    assert drift(teacher, stepped, held_out()) < 0.95 * drift(teacher, closed, held_out())
+    for module in stepped.values():
+        assert not any(parameter.requires_grad for parameter in module.parameters())
+        assert not any(m.training for m in module.modules())
+
+
+def test_steps_are_the_same_for_the_same_seed_and_leave_the_generator_alone():
+    with curved():
+        teacher = tiny.tiny_teacher()
+        names = {site.name: "curved" for site in attention_sites(teacher)}
+        made = [stitched(teacher, names) for _ in range(3)]
+        before = torch.random.get_rng_state()
+        for seed, modules in zip((0, 0, 1), made, strict=True):
+            refit(teacher, modules, names, calibration(), steps=5, seed=seed)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        one, same, other = map(states, made)
+    assert changed(one, same) == set()
+    assert changed(one, other) == set(names)
+
+
+def test_a_mixer_that_is_not_finite_here_stays_as_it_was(monkeypatch):
+    with curved():
+        teacher = tiny.tiny_teacher()
+        names = {site.name: "spoilt" for site in attention_sites(teacher)}
+        modules = stitched(teacher, names)
+        before = states(modules)
+        monkeypatch.setattr(Spoilt, "spoilt", True)
+        refit(teacher, modules, names, calibration(), steps=3)
+        assert changed(before, states(modules)) == set()
+
+
+@pytest.mark.parametrize("tiny_gain", [0.0, 1e-9, 1e-5, -1e-5])
+def test_a_gain_near_nothing_does_no_harm(tiny_gain):
+    """Divided by it, the drift before the site would drown every other channel."""
+    model = tiny.tiny_vit(init_values=0.3)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.ls1.gamma[:6] = tiny_gain
+    teacher = as_teacher(model, TimmVitHost(), name="tiny")
+    names = {site.name: "static" if site.kind == "attention" else "mlp_slice" for site in teacher.sites}
+    modules = stitched(teacher, names)
+    before, was = drift(teacher, modules, held_out()), states(modules)
+    refit(teacher, modules, names, calibration(), steps=3)
+    assert drift(teacher, modules, held_out()) < before
+    for name in (site.name for site in attention_sites(teacher)):
+        readout = modules[name].mixer.readout
+        assert readout.weight.abs().max() < 1e2
+        assert torch.equal(readout.weight[:6], was[name]["mixer.readout.weight"][:6])
+        assert not torch.equal(readout.weight[6:], was[name]["mixer.readout.weight"][6:])
+
+
+def test_one_image_changes_nothing():
+    teacher = tiny.tiny_teacher()
+    names = {site.name: "linear" for site in attention_sites(teacher)}
+    modules = stitched(teacher, names)
+    before = states(modules)
+    refit(teacher, modules, names, tiny.tiny_batches(1))
+    assert changed(before, states(modules)) == set()
+
+
+def test_large_activations_are_kept_in_bfloat16(monkeypatch):
+    from mixerzoo import refit as module
+
+    monkeypatch.setattr(module, "LARGE", 0)
+    teacher = tiny.tiny_teacher()
+    names = {site.name: "static" for site in attention_sites(teacher)}
+    modules = stitched(teacher, names)
+    before = drift(teacher, modules, held_out())
+    refit(teacher, modules, names, calibration(), steps=2)
+    assert drift(teacher, modules, held_out()) < before
+
+
+def test_a_student_whose_other_weights_have_changed():
+    teacher = tiny.tiny_teacher()
+    names = {site.name: "static" for site in attention_sites(teacher)}
+    student = copy.deepcopy(assemble(teacher.model, stitched(teacher, names)))
+    with torch.no_grad():
+        for parameter in student.patch_embed.parameters():
+            parameter.mul_(1.1)
+    others = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    x = torch.cat(held_out())
+    with torch.no_grad():
+        before = (student(x) - teacher.model(x)).square().mean()
+        refit_student(teacher, student, names, calibration())
+        assert (student(x) - teacher.model(x)).square().mean() < before
+    after = student.state_dict()
+    assert {name for name in others if not torch.equal(others[name], after[name])} == {
+        f"{name}.mixer.readout.{part}" for name in names for part in ("weight", "bias")
+    }

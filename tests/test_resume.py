@@ -129,7 +129,12 @@ def kept(folder):
         name = str(path.relative_to(folder / "run"))
         if name == "scores.json":
             found |= {f"score {key}": value for key, value in content.items()}
-        elif name in ("latency.json", "latency_check.json", "statistics.json", "stepped.json"):
+        elif name == "latency.json":
+            rows = content["change_ms"].items()
+            found |= {
+                f"latency {site} {candidate}": ms for site, row in rows for candidate, ms in row.items()
+            }
+        elif name in ("latency_check.json", "statistics.json", "stepped.json"):
             found[name] = content
         elif name == "run.json":
             found["identity"] = content["identity"]

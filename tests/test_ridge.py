@@ -55,6 +55,35 @@ def test_it_is_the_ridge_solution_of_numpy():
     np.testing.assert_allclose(found.bias.numpy(), expected[-1], atol=1e-4)
 
 
+def test_with_a_start_the_penalty_is_on_the_change():
+    x, y = rows(300)
+    start = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    missing = y - (x.double() @ start[:-1] + start[-1]).float()
+    found = solve(gram_of(x, y), gram_of(*rows(100, seed=1)), start=start)
+    expected = start.numpy() + numpy_ridge(x, missing, found.penalty)
+    np.testing.assert_allclose(found.weight.T.numpy(), expected[:-1], atol=1e-4)
+    np.testing.assert_allclose(found.bias.numpy(), expected[-1], atol=1e-4)
+
+
+def test_with_few_rows_a_good_start_is_hardly_left():
+    weight = torch.randn(41, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    parts = []
+    for seed, count in ((0, 20), (1, 20), (2, 500)):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(count, 40, generator=generator)
+        noise = torch.randn(count, 3, generator=generator)
+        parts.append((x, (x.double() @ weight[:-1] + weight[-1]).float() + noise))
+    train, choose, test = parts
+    errors = [
+        nmse(*test, found.weight, found.bias)
+        for found in (
+            solve(gram_of(*train), gram_of(*choose), start=weight),
+            solve(gram_of(*train), gram_of(*choose)),
+        )
+    ]
+    assert errors[0] < 0.5 * errors[1]
+
+
 def test_without_noise_it_is_the_least_squares_solution():
     x, y = rows(300, noise=0)
     found = solve(gram_of(x, y), gram_of(*rows(100, seed=1, noise=0)))

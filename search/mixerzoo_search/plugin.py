@@ -1,4 +1,4 @@
-"""mixerzoo_search's plugin: adds `search` and `profile`. Heavy imports wait until a command runs."""
+"""mixerzoo_search's plugin: adds `search`, `refit` and `profile`. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from mixerzoo.hookspecs import hookimpl
 
 @hookimpl
 def register_commands(cli: click.Group) -> None:
-    """Add `search` and `profile`."""
+    """Add `search`, `refit` and `profile`."""
     cli.add_command(search_command)
+    cli.add_command(refit_command)
     cli.add_command(profile_command)
 
 
@@ -25,7 +26,10 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that name the teacher and the data, and say under what latency is measured."""
     for option in (
         click.option(
-            "--runtime", default="eager", show_default=True, help="Under which latency is measured."
+            "--runtime",
+            default="eager",
+            show_default=True,
+            help="Under which latency is measured: eager, inductor, onnxruntime, or a plugin's.",
         ),
         click.option("--dtype", default="float32", show_default=True, help="In which latency is measured."),
         click.option("--device", default="cpu", show_default=True, help="On which latency is measured."),
@@ -103,6 +107,36 @@ def search_command(**options: Any) -> None:
         raise BudgetOutOfReachError(
             f"budget {options['budget']}: no student met it when it was measured again"
         )
+
+
+@click.command("refit")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--plan",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A plan of this run's candidates, or the folder of a student.  [default: RUN/best]",
+)
+@click.option(
+    "--steps", default=0, show_default=True, help="Gradient steps at each site after the closed form."
+)
+@click.option("--images", type=int, help="Images to refit on.  [default: the run's, up to 65,536 tokens]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder to write.  [default: RUN/refit]"
+)
+@click.option("--tracking-uri", help="MLflow.  [default: mlflow.db in the working directory]")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def refit_command(run: Path, quiet: bool, **options: Any) -> None:
+    """Refit the best student of the finished search in RUN, site by site.
+
+    Each site sees what the student really feeds it, and corrects the drift of those before it. The better of
+    both students by validation loss is written; its latency stays what it was.
+    """
+    from mixerzoo.progress import Reporter
+    from mixerzoo_search.refit_command import closing_lines, refit_run
+
+    found = refit_run(run, reporter=Reporter(quiet=quiet), **options)
+    click.echo("\n".join(closing_lines(found)))
 
 
 @click.command("profile")
