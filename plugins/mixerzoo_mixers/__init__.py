@@ -44,6 +44,7 @@ def register_mixers(register: Callable[[MixerSpec], None]) -> None:
     register(kernel.TOEPLITZ_KERNEL)
     register(ssm.MAMBA)
     register(recurrent.MULTIHEAD_LSTM)
+    register(recurrent.LSTM2D)
     register(shallow_ffn.SHALLOW_FFN)
     register(shallow_ffn.SHALLOW_FFN_HEADS)
     register(local.WINDOW)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from mixerzoo import AttentionView, Caps, MixerSpec
-from mixerzoo_mixers._parts import compact, expand, head_width, split_heads, zero_padding
+from mixerzoo_mixers._grid import grid_readout, need_grid, read_grid
+from mixerzoo_mixers._parts import check_tokens, compact, expand, head_width, split_heads, zero_padding
 from mixerzoo_mixers.kernels import usable
 from mixerzoo_mixers.kernels.lstm import recurrence
 
@@ -95,6 +96,50 @@ def inherit_lstm(mixer: MultiheadLstm, view: AttentionView) -> None:
     mixer.post_proj.bias.copy_(view.out_bias)
 
 
+class Lstm2d(nn.Module):
+    """Sequencer's LSTMs along the columns and the rows of the grid, each both ways. (B, N, D) -> (B, N, D).
+
+    y_n = W [down and up the column; along the row and back; x]_n + b, and the rule for prefix tokens of `read_grid`.
+    S = D / 4 * width hidden units a direction.
+    """
+
+    def __init__(
+        self, dim: int, tokens: int, width: float, prefix: int, grid: tuple[int, int] | None
+    ) -> None:
+        super().__init__()
+        hidden = max(1, round(dim / 4 * width))
+        self.grid, self.tokens = need_grid("lstm2d", grid), tokens
+        self.rnn_v, self.rnn_h = (
+            nn.LSTM(dim, hidden, batch_first=True, bidirectional=True) for _ in range(2)
+        )
+        self.readout = grid_readout(4 * hidden, dim, prefix)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix x (B, N, D)."""
+        check_tokens(x, self.tokens)
+        rows, columns = self.grid
+        cells = x[:, x.shape[1] - rows * columns :].unflatten(1, (rows, columns))
+        down = both_ways(self.rnn_v, cells.transpose(1, 2).flatten(0, 1))  # (B * columns, rows, 2 S)
+        along = both_ways(self.rnn_h, cells.flatten(0, 1)).unflatten(0, (-1, rows))
+        down = down.unflatten(0, (-1, columns)).transpose(1, 2)
+        return read_grid(self.readout, torch.cat((down, along), dim=-1).flatten(1, 2), x)
+
+
+def both_ways(lstm: nn.LSTM, x: Tensor) -> Tensor:
+    """Run a bidirectional LSTM over x (B, N, K), in one kernel where there is one; returns (B, N, 2 S)."""
+    if not usable("lstm", x):
+        y: Tensor = lstm(x)[0]
+        return y
+
+    def stacked(name: str) -> Tensor:
+        return torch.stack([getattr(lstm, f"{name}_l0{suffix}") for suffix in ("", "_reverse")])
+
+    inputs = x.flatten(0, 1) @ stacked("weight_ih").mT.contiguous()
+    bias = stacked("bias_ih") + stacked("bias_hh")
+    states = recurrence(inputs.view(2, *x.shape[:2], -1), bias, stacked("weight_hh"), None, 1)
+    return torch.cat(states.unbind(), dim=-1)
+
+
 MULTIHEAD_LSTM = MixerSpec(
     name="multihead_lstm",
     build=MultiheadLstm,
@@ -106,4 +151,15 @@ MULTIHEAD_LSTM = MixerSpec(
     cost="N D^2 + N D K, one token after the other",
     paper="FAR, arXiv 2505.21535",
     letter="R",
+)
+
+LSTM2D = MixerSpec(
+    name="lstm2d",
+    build=Lstm2d,
+    summary="LSTMs along the rows and the columns of the grid, and the token itself",
+    widths=(0.5, 1.0, 2.0),
+    readout="readout",
+    cost="N D^2, one row after the other",
+    paper="Sequencer, arXiv 2205.01972",
+    letter="Ld",
 )
