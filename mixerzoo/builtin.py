@@ -1,4 +1,4 @@
-"""mixerzoo's own plugin: the timm host, the kinds of data, the eager runtime."""
+"""mixerzoo's own plugin: the timm host, the kinds of data, the runtimes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mixerzoo.data import BUILTIN_DATASETS, DatasetSpec
 from mixerzoo.hookspecs import hookimpl
 from mixerzoo.hosts import Host
 from mixerzoo.hosts.timm_vit import TimmVitHost
-from mixerzoo.latency import EAGER
+from mixerzoo.runtimes import BUILTIN_RUNTIMES
 from mixerzoo.spec import RuntimeSpec
 
 
@@ -27,5 +27,6 @@ def register_datasets(register: Callable[[DatasetSpec], None]) -> None:
 
 @hookimpl
 def register_runtimes(register: Callable[[RuntimeSpec], None]) -> None:
-    """Register the eager runtime."""
-    register(EAGER)
+    """Register eager, inductor and onnxruntime."""
+    for spec in BUILTIN_RUNTIMES:
+        register(spec)

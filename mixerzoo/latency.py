@@ -24,9 +24,8 @@ from mixerzoo.errors import MixerzooError
 from mixerzoo.hosts import Replacement, Teacher, assemble
 from mixerzoo.plan import Candidate
 from mixerzoo.registry import get_registry
+from mixerzoo.runtimes import Run
 from mixerzoo.spec import RuntimeSpec, Site
-
-Run = Callable[[], object]
 
 REFERENCE = "teacher"
 WARMUP = 3
@@ -38,22 +37,6 @@ ENOUGH = 0.25  # share of the rounds that must be quiet for both sides
 DISTURBED = 0.1  # least relative error where they were not
 BETWEEN = 3  # subjects between two timings of the reference
 PLACED_PARAMS = 100_000_000  # a candidate stands at as many sites at once as stay below this
-
-
-def prepare_eager(model: nn.Module, example: torch.Tensor) -> Run:
-    """Run the model as PyTorch runs it, without gradients."""
-
-    def run() -> object:
-        with torch.inference_mode():
-            out = model(example)
-        if example.is_cuda:
-            torch.cuda.synchronize()
-        return out
-
-    return run
-
-
-EAGER = RuntimeSpec(name="eager", prepare=prepare_eager, summary="PyTorch as it is")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,12 +264,10 @@ def measure_table(
     teacher = stopwatch.teacher
     students: dict[str, nn.Module] = {}
     placed: dict[str, int] = {}
-    groups: dict[str, list[Site]] = {}
-    for site in teacher.sites:
-        groups.setdefault(_shape(site), []).append(site)
+    groups = by_shape(teacher.sites)
     for shape, sites in groups.items():
         for candidate in candidates.get(sites[0].name, ()):
-            modules = _place_many(candidate, sites)
+            modules = place_many(candidate, sites)
             students[f"{shape} {candidate}"] = assemble(teacher.model, modules)
             placed[f"{shape} {candidate}"] = len(modules)
     timings = stopwatch.time(students, rounds=rounds, on_round=on_round)
@@ -304,7 +285,8 @@ def measure_table(
 
 def environment(conditions: Conditions) -> dict[str, Any]:
     """Return what a measurement depends on: machine, threads, dtype, runtime, versions."""
-    packages = ("mixerzoo", "torch", "timm", "optuna", "mlflow", "scipy", "numpy")
+    packages: tuple[str, ...] = ("mixerzoo", "torch", "timm", "optuna", "mlflow", "scipy", "numpy")
+    packages += get_registry().runtimes.get(conditions.runtime).packages
     return {
         "device": conditions.device,
         "device_name": _device_name(conditions.device),
@@ -340,7 +322,8 @@ def check_device(device: str, dtype: str) -> None:
         raise MixerzooError(f"device '{device}' is not available ({reason}); use --device cpu") from None
 
 
-def _place_many(candidate: Candidate, sites: Sequence[Site]) -> dict[str, nn.Module]:
+def place_many(candidate: Candidate, sites: Sequence[Site]) -> dict[str, nn.Module]:
+    """Return a fresh replacement for each site, or for the first few where the candidate is large."""
     spec = get_registry().mixers.get(candidate.mixer)
     modules: dict[str, nn.Module] = {}
     total = 0
@@ -363,6 +346,14 @@ def _detached(model: nn.Module) -> nn.Module:
             if buffer is not None:
                 module._buffers[name] = buffer.clone()
     return model
+
+
+def by_shape(sites: Sequence[Site]) -> dict[str, list[Site]]:
+    """Return groups of sites that a candidate cannot tell apart."""
+    groups: dict[str, list[Site]] = {}
+    for site in sites:
+        groups.setdefault(_shape(site), []).append(site)
+    return groups
 
 
 def _shape(site: Site) -> str:

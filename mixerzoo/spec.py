@@ -159,13 +159,19 @@ class RuntimeSpec:
 
     Attributes:
         name: of the runtime.
-        prepare: (model, example input) to a function that runs the model once, to completion.
+        prepare: (model, example input) to a function that runs the model once, to completion. It is called, as
+            the function is, with `torch.get_num_threads()` being the number of threads to use.
         summary: one line for the help text.
+        needs_export: whether it takes only what torch.export does; mixers that do not claim `exportable` are then
+            left out.
+        packages: distributions, beyond torch, whose versions latencies depend on.
     """
 
     name: str
     prepare: Callable[[nn.Module, torch.Tensor], Callable[[], object]]
     summary: str = ""
+    needs_export: bool = False
+    packages: tuple[str, ...] = ()
 
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")

@@ -34,7 +34,7 @@ from mixerzoo_search.scoring import Scored, additive, distill_closed_form, score
 from mixerzoo_search.settings import Settings
 from mixerzoo_search.study import check_storage, evaluations, open_study, run_study
 from mixerzoo_search.summary import Findings, frontier_of, summarize
-from mixerzoo_search.timing import calibrate, demand_reachable, latency_table
+from mixerzoo_search.timing import calibrate, demand_candidates, demand_reachable, latency_table
 
 NAMED = 3  # unreadable images that are named on the terminal; `run.json` has them all
 SWEEP = 12  # budgets of the exact frontier
@@ -80,6 +80,7 @@ def run_search(
     )
     stopwatch = Stopwatch(teacher, conditions)
     candidates = list_candidates(teacher.sites, mixers=settings.mixers, widths=settings.widths)
+    demand_candidates(candidates, stopwatch.runtime)
     identity = settings.identity() | {
         "teacher_fingerprint": teacher.fingerprint[:16],
         "data_fingerprint": data.fingerprint[:16],

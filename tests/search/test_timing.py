@@ -11,11 +11,13 @@ import tiny_search
 from torch import nn
 
 from mixerzoo import Caps, MixerSpec, hookimpl
-from mixerzoo.errors import BudgetOutOfReachError
+from mixerzoo.errors import BudgetOutOfReachError, MixerzooError
 from mixerzoo.latency import Conditions, Stopwatch
 from mixerzoo.plan import Candidate
 from mixerzoo.progress import Reporter
 from mixerzoo.registry import get_registry, temporary_plugin
+from mixerzoo.runtimes import prepare_eager
+from mixerzoo.spec import RuntimeSpec
 from mixerzoo_search import timing
 from mixerzoo_search.additive import AdditiveModel
 from mixerzoo_search.candidates import list_candidates
@@ -25,6 +27,7 @@ from mixerzoo_search.timing import (
     CHECK_PLANS,
     FIT_PLANS,
     calibrate,
+    demand_candidates,
     demand_reachable,
     latency_table,
     random_plans,
@@ -199,6 +202,60 @@ def test_what_is_no_candidates_fault_is_raised(context, monkeypatch):
     with pytest.raises(RuntimeError, match="on fire"):
         latency_table(context, candidates_of(context, "none"))
     assert context.run.load("latency") is None
+
+
+def test_what_was_measured_before_a_stop_is_not_measured_again(context, monkeypatch):
+    candidates = candidates_of(context, "none", "static", "linear", "glu_mlp")
+    measure, seen = timing.measure_table, []
+
+    def stops(stopwatch, part, **others):
+        if seen:
+            raise KeyboardInterrupt
+        seen.extend(part["blocks.0.attn"])
+        return measure(stopwatch, part, **others)
+
+    monkeypatch.setattr(timing, "PREPARED", 3)
+    monkeypatch.setattr(timing, "measure_table", stops)
+    with pytest.raises(KeyboardInterrupt):
+        latency_table(context, candidates)
+    assert len(seen) == 3
+
+    def goes_on(stopwatch, part, **others):
+        assert not set(seen) & set(part["blocks.0.attn"])
+        seen.extend(part["blocks.0.attn"])
+        return measure(stopwatch, part, **others)
+
+    monkeypatch.setattr(timing, "measure_table", goes_on)
+    table = latency_table(context, candidates)
+    assert seen == list(candidates["blocks.0.attn"])
+    assert {site: set(row) for site, row in table.change_ms.items()} == {
+        site: {str(c) for c in row} for site, row in candidates.items()
+    }
+
+
+EXPORTING = RuntimeSpec(name="exporting", prepare=prepare_eager, needs_export=True)
+
+
+def test_what_cannot_be_exported_is_left_out_without_a_try(context):
+    context.stopwatch.runtime = EXPORTING
+    with temporary_plugin(Plugin()):
+        table = latency_table(context, candidates_of(context, "none", "fails"))
+    assert table.change_ms["blocks.0.attn"]["fails@1"] == math.inf
+    assert table.change_ms["blocks.0.attn"]["none@1"] < 0
+    assert context.run.load("latency")["failed"]["blocks.0.attn"] == {
+        "fails@1": "it does not claim 'exportable', and runtime 'exporting' needs that"
+    }
+
+
+def test_a_space_without_anything_exportable_is_refused(context):
+    with temporary_plugin(Plugin()):
+        some, nothing = candidates_of(context, "none", "fails"), candidates_of(context, "fails")
+        demand_candidates(some, EXPORTING)
+        demand_candidates(nothing, context.stopwatch.runtime)
+        with pytest.raises(
+            MixerzooError, match="'exporting' needs mixers that claim 'exportable', not fails"
+        ):
+            demand_candidates(nothing, EXPORTING)
 
 
 def additive_of(context, *mixers):
