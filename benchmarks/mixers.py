@@ -234,6 +234,7 @@ def library_versions() -> dict[str, str]:
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw the growth here, as a PNG.")
 @click.option("--fla", type=click.Path(path_type=Path), help="The sources of flash-linear-attention.")
 @click.option("--rounds", default=ROUNDS, show_default=True)
+@click.option("--shapes", "most", default=len(SHAPES), show_default=True, help="Only the first so many.")
 @click.option(
     "--threads", "count", type=int, default=default_threads, help="Threads; as many as there are cores."
 )
@@ -245,6 +246,7 @@ def main(
     picture: Path | None,
     fla: Path | None,
     rounds: int,
+    most: int,
     count: int,
     json_path: Path | None,
     quick: bool,
@@ -259,7 +261,7 @@ def main(
             raise click.BadParameter(str(error), param_hint="--mixers") from None
     if unknown := set(parts.split(",")) - set(PARTS):
         raise click.BadParameter(f"unknown: {', '.join(sorted(unknown))}", param_hint="--parts")
-    shapes, rounds = (QUICK_SHAPES, 3) if quick else (SHAPES, rounds)
+    shapes, rounds = (QUICK_SHAPES, 3) if quick else (SHAPES[:most], rounds)
     figures: dict[str, Any] = {"peer_versions": library_versions(), "rounds": rounds, "quick": quick}
     with threads(count):
         if "attention" in parts:
