@@ -9,11 +9,18 @@ import torch
 from torch import Tensor
 
 from mixerzoo import AttentionView
+from mixerzoo_mixers import local
 from mixerzoo_mixers.local import kernel_side
 
 from . import SPECS, attention_view, draw_mask, site
 from .test_inherit import DIM, HEADS, TOKENS, heads, inherited, with_maps
 from .test_values import agree
+
+
+@pytest.fixture(autouse=True, params=[0, local.SHORT], ids=["blocks", "short"])
+def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks, as long sequences go, and as one product."""
+    monkeypatch.setattr(local, "SHORT", request.param)
 
 
 def tokens(count: int) -> Tensor:
