@@ -177,12 +177,14 @@ def main(
         )
     probe = json.loads(probe_file.read_text(encoding="utf-8"))["accuracy"]
     click.echo(f"linear probe: {probe:.1%} on {TEST_IMAGES} test images", err=True)
+    place = out or Path("runs") / f"dinov2_mnist-{budget}"
     result = search(
         MODEL,
         source,
         checkpoint=checkpoint,
         budget=budget,
-        out=out or Path("runs") / f"dinov2_mnist-{budget}",
+        out=place,
+        library=place.with_name(f"{place.name}-library"),  # not shared: the figure is of a first search
         images=256 if quick else 768,
         trials=16 if quick else 48,
         finetune_minutes=0.5 if quick else 2.0,

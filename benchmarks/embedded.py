@@ -27,6 +27,8 @@ def main(budgets: str, seed: int, json_path: Path | None, quick: bool) -> None:
                 budget=budget,
                 seed=seed,
                 out=Path(folder) / budget,
+                library=Path(folder)
+                / f"{budget}-library",  # nothing is shared: each figure is of a first search
                 tracking_uri=f"sqlite:///{folder}/mlflow.db",
                 trials=16 if quick else 48,
                 finetune_minutes=0.2 if quick else 1.0,

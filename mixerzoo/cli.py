@@ -10,6 +10,7 @@ import click
 
 from mixerzoo import __version__
 from mixerzoo.errors import MixerzooError
+from mixerzoo.library_commands import library_group
 
 
 class Group(click.Group):
@@ -139,6 +140,9 @@ def ui(tracking_uri: str | None, port: int) -> None:
     from mixerzoo.tracking import open_ui
 
     open_ui(tracking_uri, port)
+
+
+main.add_command(library_group)
 
 
 if __name__ == "__main__":

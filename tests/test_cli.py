@@ -116,6 +116,7 @@ BAD = {
     "widths that no mixer has": (["--mixers", "static", "--widths", "0.33"], ["no candidate", "0.33"]),
     "mixers for no site": (["--mixers", "keep"], ["unknown mixer 'keep'"]),
     "storage": (["--storage", "sqlite:////nowhere/at/all.db"], ["sqlite:////nowhere/at/all.db", "--storage"]),
+    "library": (["--library", "/dev/null/library"], ["library '/dev/null/library' cannot be written"]),
     "no storage at all": (["--storage", "nonsense"], ["storage 'nonsense'", "--storage"]),
     "tracking": (["--tracking-uri", "http://127.0.0.1:9"], ["http://127.0.0.1:9", "--tracking-uri"]),
     "tracking file": (["--tracking-uri", "sqlite:////nowhere/at/all.db"], ["/nowhere/at", "--tracking-uri"]),
@@ -221,7 +222,7 @@ def finished(place, tmp_path_factory):
 def test_the_defaults_are_in_the_working_directory(finished):
     folder, _ = finished
     assert {path.name for path in folder.iterdir()} == {"runs", "mlflow.db", "mlartifacts"}
-    assert [path.name for path in (folder / "runs").iterdir()] == ["tiny-60%"]
+    assert {path.name for path in (folder / "runs").iterdir()} == {"library", "tiny-60%"}
 
 
 def test_without_a_terminal_only_the_result_is_printed(finished):
@@ -328,7 +329,7 @@ def test_help_is_light(words, tmp_path):
 def test_help_lists_every_command():
     result = CliRunner().invoke(main, ["--help"])
     assert result.exit_code == 0
-    for command in ("mixers", "check", "new-plugin", "sites", "search", "profile", "ui"):
+    for command in ("mixers", "check", "library", "new-plugin", "sites", "search", "profile", "ui"):
         assert f"\n  {command} " in result.stdout
 
 

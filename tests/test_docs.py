@@ -45,7 +45,11 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 def commands():
     """Return name -> command of mixerzoo's own; plugins that happen to be installed may have added more."""
     top = click.Context(main)
-    found = {name: main.get_command(top, name) for name in main.list_commands(top)}
+    found = {}
+    for name in main.list_commands(top):
+        found[name] = command = main.get_command(top, name)
+        if isinstance(command, click.Group):
+            found |= {f"{name} {part}": inner for part, inner in command.commands.items()}
     return {name: c for name, c in found.items() if c.callback.__module__.startswith("mixerzoo")}
 
 
@@ -65,7 +69,7 @@ def reference():
         "Exit codes, and what each means, are in [how it works](how-it-works.md#errors-and-exit-codes).",
     ]
     for name in commands():
-        parts += [f"## mixerzoo {name}", f"```text\n{help_of(name)}\n```"]
+        parts += [f"## mixerzoo {name}", f"```text\n{help_of(*name.split())}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -190,8 +194,9 @@ def test_every_command_and_option_that_is_shown_exists(path):
     known = commands()
     for _, *words in invocations(path):
         assert words[0] in known, f"{path.name}: mixerzoo {words[0]}"
+        command = known.get(" ".join(words[:2]), known[words[0]])
         flags = {word for word in words if word.startswith("--")}
-        assert flags <= options_of(known[words[0]]), f"{path.name}: mixerzoo {' '.join(words)}"
+        assert flags <= options_of(command), f"{path.name}: mixerzoo {' '.join(words)}"
 
 
 @pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.name)

@@ -15,10 +15,12 @@ import pytest
 import tiny_search
 from tiny_search import check_summary
 
+from mixerzoo.errors import MixerzooError
 from mixerzoo.latency import Stopwatch
 from mixerzoo.registry import temporary_plugin
 from mixerzoo.tracking import Tracker
 from mixerzoo_search import candidates, evaluate, finish, search, timing
+from mixerzoo_search.run_directory import RunDirectory
 
 SCRIPT = Path(__file__).parent / "tiny_search.py"
 TRIALS = 8
@@ -88,15 +90,14 @@ def prepared(folder, start):
 
 
 def index_of(folder):
-    path = folder / "run" / "library" / "index.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return {path.stem: json.loads(path.read_text()) for path in (folder / "library").glob("*.json")}
 
 
 def library_files(folder):
     """Return key -> (checksum, time of writing) of every candidate that counts as finished; all must be whole."""
     found = {}
     for key, entry in index_of(folder).items():
-        file = folder / "run" / "library" / f"{key}.safetensors"
+        file = folder / "library" / f"{key}.safetensors"
         assert hashlib.sha256(file.read_bytes()).hexdigest() == entry["sha256"]
         found[key] = (entry["sha256"], file.stat().st_mtime_ns)
     return found
@@ -211,7 +212,7 @@ def test_a_search_that_is_killed_twenty_times_goes_on(run, start, whole, tmp_pat
 # In the order in which a search makes them.
 MOMENTS = (
     ".mlflow.db.*.tmp", "mlflow.db", "run/run.json", "run/latency.json", "run/statistics.json",
-    "run/library/index.json", "run/scores.json", "run/stepped.json", "run/latency_check.json", "run/study.db",
+    "library/*.json", "run/scores.json", "run/stepped.json", "run/latency_check.json", "run/study.db",
     "run/finalists.json", "run/finalists/*/plan.json", "run/best/model.safetensors", "run/report.html",
     "run/summary.json",
 )  # fmt: skip
@@ -238,7 +239,7 @@ def here(start, tmp_path, monkeypatch):
 def go(folder, store="mlflow.db", **changes):
     options = {"mixers": tiny_search.MIXERS, "budget": "60%"} | tiny_search.FAST | {"trials": 4} | changes
     uri = f"sqlite:///{folder}/{store}"
-    return search("tiny", folder / "data.npz", out=folder / "run", tracking_uri=uri, **options)
+    return search("tiny", folder / "data.npz", tracking_uri=uri, **{"out": folder / "run"} | options)
 
 
 def mlflow_runs(folder, path):
@@ -320,21 +321,130 @@ def test_a_new_mlflow_store_gets_everything(here, start):
 
 def test_what_a_killed_process_left_behind_breaks_nothing(here):
     first = go(here, trials=2)
-    for folder in ("", "library", "best", "finalists"):
-        for name in (".index.json.1.tmp", ".summary.json.2.tmp", ".x.safetensors.3.tmp"):
-            (here / "run" / folder / name).write_bytes(b'{"half": ')
-    (here / "run" / "library" / "stranger.safetensors").write_bytes(b"")
+    key = next(iter(index_of(here)))
+    for folder in ("run", "library", "run/best", "run/finalists"):
+        for name in (".run.json.1.tmp", ".summary.json.2.tmp", f".{key}.safetensors.3.tmp"):
+            (here / folder / name).write_bytes(b'{"half": ')
+    (here / "library" / f"{key}.lock").write_bytes(b"")
+    (here / "library" / f"{key[::-1]}.safetensors").write_bytes(b"")
+    (here / "library" / "stranger.json").write_bytes(b"")
     (here / "run" / "finalists" / "half").mkdir()
     (here / ".mlflow.db.4.tmp").write_bytes(b"half")
     assert without_time(go(here, trials=2).summary) == without_time(first.summary)
 
 
-def test_a_library_whose_index_is_damaged_is_made_again(here):
+def test_a_candidate_whose_entry_is_damaged_is_made_again_and_no_other(here, distilled):
     first = go(here, trials=2)
-    before = index_of(here)
-    (here / "run" / "library" / "index.json").write_text('{"half": ')
+    before = library_files(here)
+    key = next(key for key, entry in index_of(here).items() if entry["params"])
+    (here / "library" / f"{key}.json").write_text('{"half": ')
+    distilled.clear()
     second = go(here, trials=2)
-    assert {key: entry["sha256"] for key, entry in index_of(here).items()}.items() <= {
-        key: entry["sha256"] for key, entry in before.items()
-    }.items()
-    assert second.summary["best"]["plan"] == first.summary["best"]["plan"]
+    assert len(distilled) == 1
+    after = library_files(here)
+    assert {name: sha for name, (sha, _) in after.items()} == {name: sha for name, (sha, _) in before.items()}
+    assert [name for name in after if after[name] != before[name]] == [key]
+    assert without_time(second.summary) == without_time(first.summary)
+
+
+# One library for several runs
+
+
+@pytest.fixture
+def distilled(monkeypatch):
+    """Gradient steps of every candidate that is distilled from here on."""
+    made, distill = [], candidates.distill
+
+    def recorded(spec, width, site, captured, recipe, *, start=None):
+        made.append(recipe.steps)
+        return distill(spec, width, site, captured, recipe, start=start)
+
+    monkeypatch.setattr(candidates, "distill", recorded)
+    return made
+
+
+def test_another_run_takes_its_candidates_from_the_library(here, distilled):
+    first = go(here)
+    assert json.loads((first.path / "run.json").read_text())["library"] == "../library"
+    assert 0 in distilled
+    before = library_files(here)
+    distilled.clear()
+    go(here, out=here / "other", budget="80%")
+    assert 0 not in distilled
+    assert before.items() <= library_files(here).items()
+    go(here, out=here / "third", seed=1, trials=2)
+    assert 0 in distilled
+
+
+def test_what_a_search_finds_does_not_depend_on_what_is_in_the_library(here, distilled):
+    options = {"finetune_minutes": 0}
+    go(here, out=here / "wide", budget="50%", **options)
+    go(here, out=here / "narrow", budget="80%", **options)
+    made = list(distilled)
+    shared = go(here, out=here / "shared", **options)
+    assert len(distilled) - len(made) < len(made)
+    own = go(here, out=here / "own", library=here / "empty", **options)
+    assert (shared.path / "stepped.json").read_text() == (own.path / "stepped.json").read_text()
+    scores = [json.loads((result.path / "scores.json").read_text()) for result in (shared, own)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+    assert shared.summary["best"]["plan"] == own.summary["best"]["plan"]
+
+
+def test_a_run_goes_on_with_the_library_that_it_was_given_or_with_another_one(here, distilled):
+    first = go(here, trials=2, library=here / "far" / "mine")
+    record = json.loads((first.path / "run.json").read_text())
+    assert record["library"] == "../far/mine"
+    number = len(distilled)
+    assert without_time(go(here, trials=2).summary) == without_time(first.summary)
+    assert len(distilled) == number
+    assert not (here / "library").exists()
+    assert without_time(go(here, trials=2, library=here / "new").summary) == without_time(first.summary)
+    assert len(distilled) == 2 * number
+    assert RunDirectory(first.path).library == here / "new"
+
+
+def test_a_run_outside_the_folder_of_its_library_names_it_in_full(here, tmp_path_factory):
+    library = tmp_path_factory.mktemp("elsewhere") / "library"
+    first = go(here, trials=2, library=library)
+    assert json.loads((first.path / "run.json").read_text())["library"] == str(library)
+
+
+def test_something_else_is_not_taken_for_a_library(here):
+    (here / "library").mkdir()
+    (here / "library" / "module.py").write_text("")
+    with pytest.raises(MixerzooError, match="library' holds something else; give another --library"):
+        go(here)
+    with pytest.raises(MixerzooError, match=r"data\.npz' holds something else"):
+        go(here, library=here / "data.npz")
+    with pytest.raises(MixerzooError, match="is the library's; give another --out or --library"):
+        go(here, library=here / "run")
+    assert not (here / "run").exists()
+    assert [path.name for path in (here / "library").iterdir()] == ["module.py"]
+
+
+@needs_fork
+@pytest.mark.slow
+def test_two_searches_at_the_same_time_make_every_candidate_once(start, whole, tmp_path):
+    undisturbed, _ = whole
+    commands = []
+    for name in ("run", "other"):
+        words = [*COMMAND, "--library", "library"]
+        words[words.index("run")] = name
+        words += ["--tracking-uri", f"sqlite:///{tmp_path}/{name}.db"]
+        shutil.copy(start / "store", tmp_path / f"{name}.db")
+        commands.append(words)
+    shutil.copy(start / "data.npz", tmp_path)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, *words],
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+        )
+        for words in commands
+    ]
+    assert [process.wait() for process in processes] == [0, 0]
+    made = {key: sha for key, (sha, _) in library_files(tmp_path).items()}
+    assert made == {key: sha for key, (sha, _) in library_files(undisturbed).items()}
+    scores = [json.loads((tmp_path / name / "scores.json").read_text()) for name in ("run", "other")]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)

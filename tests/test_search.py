@@ -47,11 +47,12 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(place):
-    """Start a search in a folder of its own name."""
+    """Start a search in a folder of its own name, with a library of its own unless told otherwise."""
 
     def started(out, model="tiny", data="labelled.npz", **changes):
         budget = {} if "budget_ms" in changes else {"budget": "60%"}
-        options = {"mixers": tiny_search.MIXERS} | budget | tiny_search.FAST | changes
+        options = {"mixers": tiny_search.MIXERS} | budget | tiny_search.FAST
+        options |= {"library": place / "runs" / out / "library"} | changes
         return search(
             model,
             place / data,
@@ -76,10 +77,15 @@ def on_test_images(student, data, *, name="tiny"):
     return judge.evaluate(student)
 
 
+def index_of(path):
+    """Return key -> entry of the library in a run directory."""
+    return {file.stem: json.loads(file.read_text()) for file in (path / "library").glob("*.json")}
+
+
 def test_the_run_directory_holds_what_is_promised(finished):
     path = finished.path
     for name in (
-        "run.json", "library/index.json", "study.db", "summary.json", "best/plan.json", "best/model.safetensors",
+        "run.json", "study.db", "summary.json", "best/plan.json", "best/model.safetensors",
         "best/README.md", "report.html", "report.png",
     ):  # fmt: skip
         assert (path / name).stat().st_size > 0, name
@@ -87,10 +93,8 @@ def test_the_run_directory_holds_what_is_promised(finished):
     assert (path / "report.png").read_bytes().startswith(b"\x89PNG")
     page = (path / "report.html").read_text()
     assert page.lower().startswith("<!doctype html>")
-    index = json.loads((path / "library" / "index.json").read_text())
-    assert {f"{key}.safetensors" for key in index} == {
-        file.name for file in (path / "library").glob("*.safetensors")
-    }
+    files = {"library.lock"} | {f"{key}.{kind}" for key in index_of(path) for kind in ("json", "safetensors")}
+    assert {file.name for file in (path / "library").iterdir()} == files
     record = json.loads((path / "run.json").read_text())
     assert record["identity"]["seed"] == 0
     assert record["identity"]["plugins"]["mixerzoo"] == mixerzoo.__version__
@@ -319,9 +323,8 @@ def test_a_mixer_that_fails_is_recorded_and_costs_nothing_else(start, module, re
         result = start(f"failing_{module.__name__}", mixers=(*tiny_search.MIXERS, "mine"), trials=3)
     check_summary(result.summary)
     assert result.summary["met"]
-    said = (result.path / "library" / "index.json").read_text() + (result.path / "latency.json").read_text()
-    assert reason in said
-    index = json.loads((result.path / "library" / "index.json").read_text())
+    index = index_of(result.path)
+    assert reason in json.dumps(index) + (result.path / "latency.json").read_text()
     assert all(entry["failed"] for entry in index.values() if entry["candidate"].startswith("mine"))
     assert all(not entry["failed"] for entry in index.values() if not entry["candidate"].startswith("mine"))
     plans = [row["plan"] for row in result.summary["pareto"]]
@@ -334,7 +337,7 @@ def test_a_mixer_that_is_nan_on_other_images_is_in_no_plan(start, place):
         result = start("fragile", mixers=("none", "static", "mine"), trials=3)
     check_summary(result.summary)
     assert result.summary["met"]
-    index = json.loads((result.path / "library" / "index.json").read_text())
+    index = index_of(result.path)
     mine = {key for key, entry in index.items() if entry["candidate"] == "mine@1"}
     assert not any(index[key]["failed"] for key in mine)
     scores = json.loads((result.path / "scores.json").read_text(), parse_constant=lambda word: word)
@@ -346,7 +349,7 @@ def test_a_mixer_that_is_nan_on_other_images_is_in_no_plan(start, place):
 def test_a_damaged_library_file_is_found_and_only_that_candidate_is_made_again(start, finished):
     folder = finished.path / "library"
     times = {file.name: file.stat().st_mtime_ns for file in folder.glob("*.safetensors")}
-    index = json.loads((folder / "index.json").read_text())
+    index = index_of(finished.path)
     key = sorted(key for key, entry in index.items() if entry["params"] and not entry["steps"])[0]
     damaged = folder / f"{key}.safetensors"
     content = bytearray(damaged.read_bytes())

@@ -20,6 +20,7 @@ def search(
     budget_ms: float | None = None,
     budget: str | None = None,
     out: str | Path | None = None,
+    library: str | Path | None = None,
     storage: str | None = None,
     tracking_uri: str | None = None,
     quiet: bool = False,
@@ -33,6 +34,7 @@ def search(
         budget_ms: latency budget in ms; give this or `budget`.
         budget: as people say it, such as `60%` or `5ms`.
         out: run directory; `runs/<model>-<budget>` unless given. If it holds this search, it goes on.
+        library: folder of distilled candidates, which searches share; `library` beside the run directory unless given.
         storage: URL of the Optuna storage; SQLite in the run directory unless given.
         tracking_uri: of MLflow; `mlflow.db` in the working directory unless given.
         quiet: no progress on the terminal.
@@ -65,6 +67,7 @@ def search(
         open_data(asked.data),
         RunDirectory(path),
         reporter=Reporter(quiet=quiet),
+        library=None if library is None else Path(library),
         storage=storage,
         tracking_uri=tracking_uri,
     )

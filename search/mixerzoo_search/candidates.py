@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -11,7 +11,7 @@ from mixerzoo.distill import Recipe, distill
 from mixerzoo.errors import MixerzooError
 from mixerzoo.hosts import Teacher
 from mixerzoo.latency import LatencyTable
-from mixerzoo.library import Entry, Library, candidate_key
+from mixerzoo.library import Entry, Library, Order, Source, code_hash
 from mixerzoo.plan import Candidate
 from mixerzoo.registry import get_registry
 from mixerzoo.spec import MixerSpec, Site
@@ -120,51 +120,86 @@ def beaten(
 
 
 class CandidateLibrary:
-    """The library of one teacher and data set: distils what is missing, finds the best of what is there."""
+    """The part of a library that is of one teacher and data: makes what is missing, finds the best of what is there.
+
+    Attributes:
+        files: the library.
+        teacher: the teacher.
+        stepped: sites and candidates whose gradient steps count. Others may have taken steps in other searches: what
+            a search finds must not depend on what it happens to find in the library.
+    """
 
     def __init__(
-        self, library: Library, teacher: Teacher, *, data: str, images: int, steps: int, seed: int
+        self,
+        library: Library,
+        teacher: Teacher,
+        source: Source,
+        *,
+        steps: int,
+        seed: int,
+        stepped: Iterable[tuple[str, Candidate]] = (),
     ) -> None:
         self.files = library
         self.teacher = teacher
-        self.data = data
-        self.images = images
+        self.source = source
         self.steps = steps
         self.seed = seed
+        self.stepped = set(stepped)
+        self._orders: dict[tuple[str, Candidate, bool], tuple[str, Order]] = {}
 
-    def _key(self, site: Site, candidate: Candidate, recipe: Recipe) -> str:
-        return candidate_key(
-            teacher=self.teacher.fingerprint,
-            data=self.data,
-            site=site,
-            candidate=candidate,
-            plugin=str(get_registry().mixers.origin(candidate.mixer)),
-            recipe=recipe,
-            images=self.images,
-        )
+    def _order(self, site: str, candidate: Candidate, *, stepped: bool) -> tuple[str, Order]:
+        """Return what has to be made, and its key first."""
+        asked = site, candidate, stepped
+        if asked not in self._orders:
+            shelf = get_registry().mixers
+            order = Order(
+                source=self.source,
+                site=self.teacher.site(site),
+                candidate=candidate,
+                plugin=str(shelf.origin(candidate.mixer)),
+                code=code_hash(shelf.get(candidate.mixer)),
+                recipe=self.recipe(stepped=stepped),
+            )
+            self._orders[asked] = order.key, order
+        return self._orders[asked]
 
     def recipe(self, *, stepped: bool) -> Recipe:
         """Return the recipe: closed form, or gradient steps after it."""
         return Recipe(steps=self.steps if stepped else 0, seed=self.seed)
 
     def find(self, site: str, candidate: Candidate, *, stepped: bool) -> Entry | None:
-        """Return the entry if it was made before and is whole."""
-        return self.files.get(self._key(self.teacher.site(site), candidate, self.recipe(stepped=stepped)))
+        """Return the entry if it was made before, by this search or another one, and is whole."""
+        return self.files.get(self._order(site, candidate, stepped=stepped)[0])
 
-    def make(self, site: str, candidate: Candidate, capture: Capture, *, stepped: bool) -> Entry:
-        """Distil a candidate; with steps, from its closed form."""
-        start = None
+    def make(
+        self, site: str, candidate: Candidate, capture: Capture, *, stepped: bool, wait: bool = True
+    ) -> Entry | None:
+        """Distil a candidate, unless another process has; with steps, from its closed form.
+
+        Returns None if another process is at it, unless told to `wait` for it.
+        """
+        key, order = self._order(site, candidate, stepped=stepped)
+        with self.files.claim(key, wait=wait) as mine:
+            if not mine:
+                return None
+            entry = self.files.get(key)
+            if entry is None:
+                start = None
+                if stepped:
+                    closed = self.find(site, candidate, stepped=False)
+                    start = None if closed is None or closed.failed else self.files.state(closed.key)
+                spec = get_registry().mixers.get(candidate.mixer)
+                captured = capture.sites[site]
+                result = distill(spec, candidate.width, order.site, captured, order.recipe, start=start)
+                entry = self.files.put(order, result)
         if stepped:
-            closed = self.find(site, candidate, stepped=False)
-            start = None if closed is None or closed.failed else self.files.state(closed.key)
-        recipe, place = self.recipe(stepped=stepped), self.teacher.site(site)
-        spec = get_registry().mixers.get(candidate.mixer)
-        result = distill(spec, candidate.width, place, capture.sites[site], recipe, start=start)
-        return self.files.put(self._key(place, candidate, recipe), place, candidate, result)
+            self.stepped.add((site, candidate))
+        return entry
 
     def best(self, site: str, candidate: Candidate) -> Entry | None:
-        """Return the better of the closed form and the stepped one; None if neither is usable."""
-        entries = [self.find(site, candidate, stepped=stepped) for stepped in (False, True)]
+        """Return the better of the closed form and the stepped one, if that counts; None if neither is usable."""
+        forms = (False, True) if (site, candidate) in self.stepped else (False,)
+        entries = [self.find(site, candidate, stepped=stepped) for stepped in forms]
         usable = [entry for entry in entries if entry is not None and not entry.failed]
         return min(usable, key=lambda entry: entry.nmse, default=None)
 

@@ -13,7 +13,8 @@ from mixerzoo.capture import Capture, capture
 from mixerzoo.data import Dataset, image_batches, load_labels
 from mixerzoo.hosts import Teacher
 from mixerzoo.latency import Stopwatch
-from mixerzoo.library import Library
+from mixerzoo.library import Library, Source
+from mixerzoo.plan import Candidate
 from mixerzoo.progress import Reporter
 from mixerzoo.registry import get_registry
 from mixerzoo.score import Judge
@@ -63,15 +64,21 @@ class Context:
 
     @cached_property
     def library(self) -> CandidateLibrary:
-        """The distilled candidates of this run."""
+        """The distilled candidates, those that other runs have made included."""
         return CandidateLibrary(
-            Library(self.run.path / "library"),
+            Library(self.run.library),
             self.teacher,
-            data=self.data.fingerprint,
-            images=len(self.calibration),
+            Source.of(self.teacher, self.data, self.calibration),
             steps=self.settings.distill_steps,
             seed=self.settings.seed,
+            stepped=self.stepped or (),
         )
+
+    @property
+    def stepped(self) -> list[tuple[str, Candidate]] | None:
+        """The candidates that were chosen for gradient steps; None before they are."""
+        stored: list[list[str]] | None = self.run.load("stepped")
+        return None if stored is None else [(site, Candidate.parse(text)) for site, text in stored]
 
     @cached_property
     def captured(self) -> Capture:

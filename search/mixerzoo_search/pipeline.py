@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from mixerzoo.data import Dataset
+from mixerzoo.errors import MixerzooError
 from mixerzoo.files import write_json, write_text
 from mixerzoo.hosts import Teacher, assemble
 from mixerzoo.latency import REFERENCE, Conditions, Stopwatch, check_device, environment, threads
+from mixerzoo.library import check_folder
 from mixerzoo.plan import Plan
 from mixerzoo.progress import Reporter
 from mixerzoo.registry import get_registry
@@ -61,6 +63,7 @@ def run_search(
     run: RunDirectory,
     *,
     reporter: Reporter,
+    library: Path | None,
     storage: str | None,
     tracking_uri: str | None,
 ) -> SearchResult:
@@ -88,6 +91,10 @@ def run_search(
         "space": {site: [str(c) for c in row] for site, row in candidates.items()},
     }
     resumed = run.check(identity)
+    library = run.library if library is None else library
+    if library.resolve() == run.path.resolve():
+        raise MixerzooError(f"run directory '{run.path}' is the library's; give another --out or --library")
+    check_folder(library)
     if storage is not None:
         check_storage(storage)
     if data.skipped:
@@ -98,9 +105,12 @@ def run_search(
     with threads(settings.threads):
         teacher_ms = run.record()["teacher_ms"] if resumed else _time_teacher(stopwatch)
         tracker = Tracker(tracking_uri, f"mixerzoo {teacher.name}")
-        if not resumed:
+        if resumed:
+            run.note(library=run.name_of(library))
+        else:
             run.start(
                 identity,
+                library=run.name_of(library),
                 teacher_ms=teacher_ms,
                 environment=environment(conditions),
                 skipped_images=list(data.skipped),

@@ -68,6 +68,12 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Run directory.  [default: runs/<model>-<budget>]"
 )
+@click.option(
+    "--library",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Distilled candidates, which searches share.  [default: library, beside the run directory]",
+)
 @click.option("--storage", help="Optuna storage URL.  [default: SQLite in the run directory]")
 @click.option("--tracking-uri", help="MLflow.  [default: mlflow.db in the working directory]")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON and nothing else.")

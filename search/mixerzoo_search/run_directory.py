@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from mixerzoo.files import read_json, write_json
 
 RUN_FILE = "run.json"
 PHASES_FILE = "phases.json"
+LIBRARY = "library"
 PHASES = ("capture", "distill", "latency", "score", "exact", "study", "finetune")
 
 
@@ -54,6 +56,19 @@ class RunDirectory:
     def note(self, **record: Any) -> None:
         """Add to `run.json`."""
         write_json(self.path / RUN_FILE, read_json(self.path / RUN_FILE) | record)
+
+    @property
+    def library(self) -> Path:
+        """The folder of its distilled candidates: what `run.json` says, or `library` beside the run directory."""
+        named = self.record().get("library") if (self.path / RUN_FILE).exists() else None
+        if named is None:
+            return self.path.parent / LIBRARY
+        return Path(os.path.normpath(self.path.resolve() / named))
+
+    def name_of(self, library: Path) -> str:
+        """Return what `run.json` says of a library: where it is from here, if the two may be moved together."""
+        there, here = library.resolve(), self.path.resolve()
+        return os.path.relpath(there, here) if there.is_relative_to(here.parent) else str(there)
 
     def record(self) -> dict[str, Any]:
         """Return the content of `run.json`."""

@@ -117,6 +117,7 @@ def _promising(
 
 def score(context: Context, candidates: Candidates, table: LatencyTable) -> Scored:
     """Score the candidates that are not clearly beaten, give the best of them gradient steps, score those again."""
+    context.library.stepped.clear()  # what is chosen now must not depend on an earlier start
     usable = {
         site: tuple(c for c in row if context.library.best(site, c) is not None)
         for site, row in candidates.items()
@@ -139,6 +140,7 @@ def score(context: Context, candidates: Candidates, table: LatencyTable) -> Scor
         "gradient steps",
         stepped=True,
     )
+    context.library.stepped.update(steps)
     scores = measure_scores(context, space, "scores after the steps")
     informed = forecast(context, space, scores)
     quality["left_out"] = informed.spearman
@@ -202,8 +204,7 @@ def _worth_steps(context: Context, model: AdditiveModel, scores: Damage) -> list
 
     Decided once and kept in `stepped.json`, since the scores after the steps would decide differently.
     """
-    stored: list[list[str]] | None = context.run.load("stepped")
-    if stored is None:
+    if context.stepped is None:
         budgets = [context.budget_ms * share for share in STEP_BUDGETS]
         plans = [solution.plan for solution in exact.frontier(model, budgets, per_budget=2)]
         wanted = {(site, c) for plan in plans for site, c in plan.choices if not c.is_keep}
@@ -211,9 +212,8 @@ def _worth_steps(context: Context, model: AdditiveModel, scores: Damage) -> list
         least = HARMLESS * sum(scores[pair] for pair in harmful)
         most = round(STEPPED_PER_SITE * len(model.sites)) if context.settings.distill_steps else 0
         chosen = [pair for pair in harmful if scores[pair] > least and _has_weights(context, *pair)][:most]
-        stored = [[site, str(candidate)] for site, candidate in chosen]
-        context.run.store("stepped", stored)
-    return [(site, Candidate.parse(candidate)) for site, candidate in stored]
+        context.run.store("stepped", [[site, str(candidate)] for site, candidate in chosen])
+    return context.stepped or []
 
 
 def _has_weights(context: Context, site: str, candidate: Candidate) -> bool:
@@ -222,13 +222,20 @@ def _has_weights(context: Context, site: str, candidate: Candidate) -> bool:
 
 
 def _make(context: Context, todo: Sequence[tuple[str, Candidate]], title: str, *, stepped: bool) -> None:
+    """Distil candidates. Those that another process is at come last: by then it may be done with them."""
     if not todo:
         return
-    captured = context.captured
+    captured, done = context.captured, 0
     with context.run.timed("distill"), context.reporter.phase(title, len(todo)) as report:
-        for done, (site, candidate) in enumerate(todo):
-            context.library.make(site, candidate, captured, stepped=stepped)
-            report(done + 1)
+        for wait in (False, True):
+            others = []
+            for site, candidate in todo:
+                if context.library.make(site, candidate, captured, stepped=stepped, wait=wait) is None:
+                    others.append((site, candidate))
+                else:
+                    done += 1
+                    report(done)
+            todo = others
 
 
 def _prior(context: Context, model: AdditiveModel, informed: DamageForecast) -> Prior:

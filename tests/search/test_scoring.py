@@ -294,8 +294,8 @@ def test_scores_are_measured_once_for_the_same_weights(started, make_context, mo
 def test_failed_candidates_are_left_out(started):
     context, space, table = started
     files, site = context.library.files, "blocks.0.attn"
-    key = context.library.find(site, STATIC, stepped=False).key
-    files._entries[key] = dataclasses.replace(files._entries[key], failed="no idea", sha256="")
+    entry = context.library.find(site, STATIC, stepped=False)
+    files._whole[entry.key] = dataclasses.replace(entry, failed="no idea", sha256="")
     scored = scoring.score(context, space, table)
     row = dict(zip(scored.model.sites, scored.model.candidates, strict=True))
     assert STATIC not in row[site]

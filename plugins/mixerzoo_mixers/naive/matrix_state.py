@@ -56,14 +56,14 @@ def gated_delta(mixer: Any, x: Tensor, real: Tensor) -> Tensor:
     features: dict[int, list[Tensor]] = {n: [] for n in kept}
     for h in range(heads):
         for way, order in enumerate(in_turn(mixer, len(kept))):
-            state = torch.zeros(())
+            rank = mixer.qkv.out_features // (3 * heads)
+            state = torch.zeros(rank, rank, dtype=x.dtype)
             for n in (kept[i] for i in order):
                 q, k, v = (part.chunk(heads)[h] for part in affine(mixer.qkv, x[n]).chunk(3))
                 q, k = q / length(q), k / length(k)
                 write, forget = (part[h * ways + way] for part in affine(mixer.gates, x[n]).chunk(2))
-                state = torch.exp(-softplus(forget)) * state + torch.zeros(len(k), len(v), dtype=x.dtype)
-                error = v - state.T @ k
-                state = state + torch.outer(k, sigmoid(write) * error)
+                state = torch.exp(-softplus(forget)) * state
+                state = state + torch.outer(k, sigmoid(write) * (v - state.T @ k))
                 features[n].append(state.T @ q)
     return each(x, real, lambda n: affine(mixer.readout, torch.cat((*features[n], x[n]))))
 
