@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mixer_peers.of_mambapy import SHORT
 from mixer_peers.peer import Around, Missing, Peer
 
 CHUNK = 64
@@ -53,18 +54,70 @@ def linear_attention(core: Callable[..., Any], mixer: Any, x: Tensor) -> Tensor:
     return y
 
 
+def retention(core: Callable[..., Any], mixer: Any, x: Tensor) -> Tensor:
+    """Compute causal retention by fla's function; it takes (B, H, N, R), scales by R^-0.5 and knows no denominator.
+
+    Its decays are those of the paper: the mixer must have them, too.
+    """
+    q, k, v = mixer.qkv(x).unflatten(-1, (3, mixer.heads, -1)).permute(2, 0, 3, 1, 4)
+    long, far = (t.square().sum(dim=-1, keepdim=True).add(1e-6).sqrt() for t in (q, k))
+    one = torch.ones_like(long)
+    undone = (q.shape[-1] + 1) ** 0.5
+    y = core(undone * torch.cat((mixer.scale * q, one), dim=-1), torch.cat((k, one), dim=-1), v)
+    mass, reach = core(one, one, torch.cat((one, far), dim=-1)).chunk(2, dim=-1)
+    mixed = (y / (mass + mixer.scale * long * reach)).transpose(1, 2).flatten(2)
+    out: Tensor = mixer.readout(torch.cat((mixed, x), dim=-1))
+    return out
+
+
+def with_the_papers_decays(mixer: Any) -> Any:
+    """Give a retention mixer the decays that fla's function has, in place."""
+    gaps = 2.0 ** (-5 - torch.arange(mixer.heads, dtype=torch.double))
+    with torch.no_grad():
+        mixer.log_rate.copy_((-torch.log1p(-gaps)).log())
+    return mixer
+
+
+def gated_delta(core: Callable[..., Any], mixer: Any, x: Tensor) -> Tensor:
+    """Compute the causal gated delta rule by fla's function; it takes (B, N, H, R)."""
+    q, k, v = mixer.qkv(x).unflatten(-1, (3, mixer.heads, -1)).unbind(2)
+    q, k = (t * torch.rsqrt(t.square().sum(dim=-1, keepdim=True) + 1e-6) for t in (q, k))
+    write, forget = mixer.gates(x).chunk(2, dim=-1)
+    mixed = core(q, k, v, beta=write.sigmoid(), g=-F.softplus(forget), scale=1.0)[0]
+    y: Tensor = mixer.readout(torch.cat((mixed.flatten(2), x), dim=-1))
+    return y
+
+
 def peers(folder: Path | None = None) -> list[Peer]:
     """Return the peers, read from `folder` or from the installed package."""
 
-    def make(mixer: nn.Module, *, name: str, function: str, way: Callable[..., Tensor]) -> nn.Module:
-        return Around(mixer, partial(way, getattr(naive(folder, name), function)))
+    def make(
+        mixer: nn.Module,
+        *,
+        name: str,
+        function: str,
+        way: Callable[..., Tensor],
+        change: Callable[[Any], Any] = lambda mixer: mixer,
+    ) -> nn.Module:
+        return Around(change(mixer), partial(way, getattr(naive(folder, name), function)))
 
-    def peer(mixer: str, label: str, name: str, function: str, way: Callable[..., Tensor]) -> Peer:
-        making = partial(make, name=name, function=function, way=way)
-        return Peer(mixer=mixer, label=f"fla's {label}", make=making, causal=True)
+    def peer(mixer: str, label: str, trains_up_to: int | None = None, **how: Any) -> Peer:
+        making = partial(make, **how)
+        return Peer(mixer=mixer, label=f"fla's {label}", make=making, causal=True, trains_up_to=trains_up_to)
 
     linear = partial(peer, "linear_attention", name="linear_attn", way=linear_attention)
+    delta = partial(peer, "gated_delta", name="gated_delta_rule", way=gated_delta)
     return [
         linear("naive loop", function="naive_recurrent_linear_attn"),
         linear("naive chunks", function="naive_chunk_linear_attn"),
+        peer(
+            "retention",
+            "naive retention",
+            name="retention",
+            function="naive_retention",
+            way=retention,
+            change=with_the_papers_decays,
+        ),
+        delta("naive loop", function="naive_recurrent_gated_delta_rule", trains_up_to=SHORT),
+        delta("naive chunks", function="naive_chunk_gated_delta_rule"),
     ]

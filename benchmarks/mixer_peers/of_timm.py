@@ -174,7 +174,31 @@ def make_attention(mixer: Any) -> nn.Module:
     return ReadOut(attention, mixer.readout)
 
 
+class Sequencer(nn.Module):
+    """timm's LSTM2d on tokens without a prefix. (B, N, D) -> (B, N, 4 S)."""
+
+    def __init__(self, mixer: Any) -> None:
+        super().__init__()
+        guard_torchvision()
+        from timm.models.sequencer import LSTM2d
+
+        self.grid = mixer.grid
+        self.lstm = LSTM2d(mixer.rnn_v.input_size, mixer.rnn_v.hidden_size, with_fc=False)
+        self.lstm.rnn_v, self.lstm.rnn_h = copy.deepcopy(mixer.rnn_v), copy.deepcopy(mixer.rnn_h)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix x (B, N, D)."""
+        y: Tensor = self.lstm(x.unflatten(1, self.grid)).flatten(1, 2)
+        return y
+
+
+def make_sequencer(mixer: Any) -> nn.Module:
+    """Make LSTM2d, without its own projection: that is the readout."""
+    return ReadOut(Sequencer(mixer), mixer.readout)
+
+
 PEERS = [
+    Peer(mixer="lstm2d", label="timm's LSTM2d", make=make_sequencer, prefix=False),
     Peer(mixer="fewer_heads", label="timm's Attention", make=make_attention),
     Peer(
         mixer="cascaded_group",

@@ -12,6 +12,7 @@ from mixerzoo_mixers import (
     linear,
     linear_grid,
     local,
+    mamba2,
     matrix_state,
     polynomial,
     recurrent,
@@ -44,7 +45,7 @@ def register_mixers(register: Callable[[MixerSpec], None]) -> None:
     register(kernel.SOFT)
     register(kernel.TOEPLITZ_KERNEL)
     register(ssm.MAMBA)
-    register(matrix_state.MAMBA2)
+    register(mamba2.MAMBA2)
     register(matrix_state.RETENTION)
     register(matrix_state.GATED_DELTA)
     register(recurrent.MULTIHEAD_LSTM)

@@ -18,6 +18,7 @@ from mixerzoo_mixers._parts import chunks, unchunk
 CHUNK = 64
 WHOLE = 128  # tokens that one chunk is the fastest for
 SPAN = 32  # chunks whose states meet in one product
+SLOWEST, FASTEST = 1e-6, 5.0  # decay a token that a mean map is fitted with
 
 
 def chunk_size(tokens: int) -> int:
@@ -83,3 +84,30 @@ def passed(decay: Tensor) -> Tensor:
     # Summed one by one: differences of sums would lose what is small beside them.
     later = decay.unsqueeze(-1).expand(*decay.shape, count).tril(-1)
     return F.pad(later.cumsum(dim=-2).exp().tril(), (0, 0, 1, 0))
+
+
+def mean_rates(maps: Tensor, causal: bool) -> Tensor:
+    """Return r (H,), decays exp(-r |n - m|) under which tokens are as far on the average as in maps (H, N, N)."""
+    maps = maps.double()
+    place = torch.arange(maps.shape[-1], dtype=torch.double, device=maps.device)
+    wanted = (maps * (place.unsqueeze(-1) - place).abs()).sum(dim=-1).mean(dim=-1)
+    low, high = (torch.full_like(wanted, math.log(bound)) for bound in (SLOWEST, FASTEST))
+    for _ in range(40):  # the mean distance falls with r: halve the interval
+        middle = (low + high) / 2
+        weight = (-middle.exp().unsqueeze(-1) * place).exp()
+        mass, moment = weight.cumsum(dim=-1), (weight * place).cumsum(dim=-1)  # over all tokens on one side
+        if not causal:
+            mass, moment = mass + mass.flip(-1) - 1, moment + moment.flip(-1)
+        far = (moment / mass).mean(dim=-1) > wanted
+        low, high = torch.where(far, middle, low), torch.where(far, high, middle)
+    return low.exp()
+
+
+def spread_steps(count: int) -> Tensor:
+    """Return random numbers (count,) spread evenly, on a logarithmic scale, over 0.001 to 0.1."""
+    return torch.empty(count).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+
+
+def softplus_inverse(x: Tensor) -> Tensor:
+    """Return what softplus makes x of."""
+    return x + torch.log(-torch.expm1(-x))

@@ -84,6 +84,22 @@ def at_least_float(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def depthwise(x: Tensor, conv: nn.Conv1d) -> Tensor:
+    """Apply a depthwise convolution with padding to x (B, N, C); returns (B, N, C), of the first N places.
+
+    As pictures of one row, with the channels last: many times as fast on a CPU as one-dimensional.
+    """
+    picture = x.contiguous().mT.unsqueeze(2)
+    padding = (0, int(conv.padding[0]))
+    y = F.conv2d(picture, conv.weight.unsqueeze(2), conv.bias, padding=padding, groups=x.shape[-1])
+    return y.squeeze(2).mT[:, : x.shape[1]]
+
+
+def qkv_heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """Split what the layer of q, k and v returns, (B, N, 3 * H * R), into three times (B, H, N, R), float at least."""
+    return split_heads(at_least_float(qkv), 3 * heads).transpose(1, 2).chunk(3, dim=1)
+
+
 class Constants(nn.Module):
     """Matrices that are not learnt, by name; `make` returns them in float64.
 

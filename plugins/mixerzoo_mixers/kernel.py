@@ -13,11 +13,10 @@ from torch.nn import functional as F
 from mixerzoo import AttentionView, Caps, MixerSpec
 from mixerzoo_mixers._grid import from_grid, need_grid, to_grid
 from mixerzoo_mixers._parts import (
-    at_least_float,
     check_tokens,
     head_width,
     inherit_qkv,
-    split_heads,
+    qkv_heads,
     zero_padding,
 )
 
@@ -29,12 +28,6 @@ FEATURES = 16
 # Above this many tokens for each feature, the sums are made by Fourier transform: the maps would take more memory, and
 # there it is no slower (at fewer tokens it is, on a CPU).
 CROSSOVER = 200
-
-
-def qkv_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut (B, N, 3 * H * R) into q, k and v, (B, H, N, R) each."""
-    q, k, v = (split_heads(t, heads).transpose(1, 2) for t in at_least_float(qkv).chunk(3, dim=-1))
-    return q, k, v
 
 
 # -- soft --

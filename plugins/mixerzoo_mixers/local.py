@@ -7,6 +7,7 @@ tokens, C tokens in a block, G blocks, L keys of a block.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -88,16 +89,14 @@ class Window(PartialAttention):
         return unchunk(mixed.unsqueeze(2), qkv.shape[1])
 
     def _mix_short(self, qkv: Tensor, real: Tensor | None) -> Tensor:
-        """Do the same as one product of all queries and keys, under a mask."""
-        place = torch.arange(qkv.shape[1], device=qkv.device)
-        away = place[:, None] - place
-        allowed = (away.abs() <= BAND) | (place < self.prefix) | (place < self.prefix)[:, None]
-        if self.causal:
-            allowed = allowed & (away >= 0)
+        """Do the same as one product of all queries and keys, with the band as what is added to their scores."""
+        band = dense_band(qkv.shape[1], self.prefix, self.causal, qkv.dtype, qkv.device)
         if real is not None:
-            allowed = allowed & real[:, None, None] | (away == 0)
+            # What is not there sees itself: no row of the softmax is empty.
+            gone = ~real[:, None, None] & ~torch.eye(len(band), dtype=torch.bool, device=qkv.device)
+            band = band.masked_fill(gone, -math.inf)
         q, k, v = self.split(qkv)
-        return self.attend(q, k, v, allowed).transpose(1, 2).flatten(2)
+        return self.attend(q, k, v, band).transpose(1, 2).flatten(2)
 
     def _mix_prefix(self, qkv: Tensor, real: Tensor | None) -> Tensor:
         allowed = None if real is None else real[:, None, None]
@@ -153,6 +152,18 @@ class Window(PartialAttention):
         # What is not there sees itself: no row of the softmax is empty.
         own = F.pad(away == 0, (prefix, 0), value=False)
         return F.pad(near, (prefix, 0), value=True) & there.unsqueeze(2) | own
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(mode=False)
+def dense_band(tokens: int, prefix: int, causal: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return what is added to the scores (N, N) of `Window`: 0 where a token sees another, -inf elsewhere."""
+    place = torch.arange(tokens, device=device)
+    away = place[:, None] - place
+    allowed = (away.abs() <= BAND) | (place < prefix) | (place < prefix)[:, None]
+    if causal:
+        allowed = allowed & (away >= 0)
+    return torch.zeros(tokens, tokens, dtype=dtype, device=device).masked_fill(~allowed, -math.inf)
 
 
 def inherit_attention(mixer: PartialAttention, view: AttentionView) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixerzoo import Caps, MixerSpec
-from mixerzoo_mixers._parts import at_least_float, chunks, compact, expand, unchunk, zero_padding
+from mixerzoo_mixers._parts import at_least_float, chunks, compact, depthwise, expand, unchunk, zero_padding
 from mixerzoo_mixers.kernels import usable
 from mixerzoo_mixers.kernels.scan import scan as kernel_scan
 
@@ -128,9 +128,8 @@ class SelectiveSsm(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Mix x (B, N, D) causally; mask (B, N) is True for a first run of real tokens, then False."""
-        tokens = x.shape[1]
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        u = F.silu(self.conv1d(u.mT)[..., :tokens].mT)
+        u = F.silu(depthwise(u, self.conv1d))
         step, b, c = self.x_proj(u).split((self.rank, STATES, STATES), dim=-1)
         delta = zero_padding(F.softplus(self.dt_proj(step)), mask)  # 0: the state passes by
         a = -at_least_float(self.A_log).exp()

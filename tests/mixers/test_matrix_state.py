@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mixerzoo.compat import guard_torchvision
-from mixerzoo_mixers import matrix_state, naive
-from mixerzoo_mixers._chunked import SPAN, WHOLE, carry, chunk_size, kept
-from mixerzoo_mixers.matrix_state import GatedDelta, Mamba2
+from mixerzoo_mixers import mamba2, matrix_state, naive
+from mixerzoo_mixers._chunked import SPAN, WHOLE, carry, chunk_size, kept, mean_rates
+from mixerzoo_mixers._parts import depthwise
+from mixerzoo_mixers.mamba2 import Mamba2
+from mixerzoo_mixers.matrix_state import GatedDelta
 
 from . import SPECS, attention_view, site
 from .test_values import agree
@@ -161,14 +163,14 @@ def test_rates_of_maps_that_decay_are_found(causal: bool) -> None:
     rates = torch.tensor([0.003, 0.05, 1.0], dtype=torch.double)
     maps = (-rates.view(-1, 1, 1) * gap(40).abs()).exp()
     maps = maps.tril() if causal else maps
-    found = matrix_state.mean_rates(maps / maps.sum(dim=-1, keepdim=True), causal)
+    found = mean_rates(maps / maps.sum(dim=-1, keepdim=True), causal)
     torch.testing.assert_close(found, rates)
 
 
 def test_rates_are_bounded() -> None:
     """Where maps see nothing but the token itself, or more of what is far than of what is near."""
     far = gap(40).abs().softmax(dim=-1)
-    rates = matrix_state.mean_rates(torch.stack((torch.eye(40), far)), causal=False)
+    rates = mean_rates(torch.stack((torch.eye(40), far)), causal=False)
     torch.testing.assert_close(rates, torch.tensor([5.0, 1e-6], dtype=torch.double))
 
 
@@ -211,7 +213,7 @@ def test_retention_starts_with_the_teachers_projections(scores: str, causal: boo
         )
     )
     mixer = inherited("retention", view, causal=causal)
-    near = (-matrix_state.mean_rates(view.mean_attention, causal).view(-1, 1, 1) * gap(TOKENS).abs()).exp()
+    near = (-mean_rates(view.mean_attention, causal).view(-1, 1, 1) * gap(TOKENS).abs()).exp()
     near = near.tril() if causal else near
     long, far = ((t.square().sum(-1, keepdim=True) + 1e-6).sqrt() for t in (q, k))
     maps = near * (1 + q @ k.mT / 2) / (near * (1 + long @ far.mT / 2)).sum(dim=-1, keepdim=True)
@@ -331,7 +333,7 @@ def test_gated_delta_starts_with_the_teachers_projections(causal: bool) -> None:
         )
     )
     q, k = (t / (t.square().sum(-1, keepdim=True) + 1e-6).sqrt() for t in (q, k))
-    left = (-matrix_state.mean_rates(view.mean_attention, causal)).exp().view(-1, 1, 1)
+    left = (-mean_rates(view.mean_attention, causal)).exp().view(-1, 1, 1)
     beta = torch.sigmoid(torch.tensor(-4.0).double())
     outs = []
     for order in [range(TOKENS), range(TOKENS)[::-1]][: 1 if causal else 2]:
@@ -360,7 +362,7 @@ def ssd_inputs(tokens: int, ways: int = 2, steps: float = 1.0) -> list[Tensor]:
 def test_ssd_is_a_product_with_a_matrix(tokens: int) -> None:
     """Y = (L o C B^T) X, L_nm the decays from m to n: those after m on the way to n, n's own among them."""
     q, k, v, step, decay = ssd_inputs(tokens)
-    got = uncut(matrix_state.ssd(q, k, v, step, decay).transpose(2, 3), tokens, 3)
+    got = uncut(mamba2.ssd(q, k, v, step, decay).transpose(2, 3), tokens, 3)
     for way in range(2):
         total = kept(decay[:, :, way], back=bool(way))
         lasting = (total.unsqueeze(-1) - total.unsqueeze(-2)).exp()
@@ -372,7 +374,7 @@ def test_ssd_is_a_product_with_a_matrix(tokens: int) -> None:
 @pytest.mark.parametrize("tokens", [1, 65, WHOLE + 1])
 def test_ssd_agrees_with_the_recurrence(tokens: int) -> None:
     inputs = [t.requires_grad_() for t in ssd_inputs(tokens)]
-    got = uncut(matrix_state.ssd(*inputs).transpose(2, 3), tokens, 3)
+    got = uncut(mamba2.ssd(*inputs).transpose(2, 3), tokens, 3)
     expected = torch.zeros_like(got)
     turns: tuple[Callable[[Tensor], Tensor], ...] = (lambda t: t, lambda t: t.flip(0))
     for b in range(2):
@@ -380,7 +382,7 @@ def test_ssd_agrees_with_the_recurrence(tokens: int) -> None:
             for way, turn in enumerate(turns):
                 q, k, v = (turn(t[b, h]) for t in inputs[:3])
                 step, decay = (turn(t[b, h, way]) for t in inputs[3:])
-                expected[b, h, way] = turn(naive.matrix_state.ssd(q, k, v, step, decay))
+                expected[b, h, way] = turn(naive.mamba2.ssd(q, k, v, step, decay))
     torch.testing.assert_close(got, expected)
     weights = torch.randn_like(got)
     found, wanted = (torch.autograd.grad((weights * y).sum(), inputs) for y in (got, expected))
@@ -403,7 +405,7 @@ def test_ssd_agrees_with_mamba_ssm(tokens: int) -> None:
     scope: dict[str, Any] = {"torch": torch, "F": F, "rearrange": rearrange, "repeat": repeat}
     exec(compile(ast.Module(body=functions, type_ignores=[]), str(source), "exec"), scope)
     q, k, v, step, decay = (t.float() for t in ssd_inputs(tokens, ways=1))
-    got = uncut(matrix_state.ssd(q, k, v, step, decay).transpose(2, 3), tokens, 3)[:, :, 0]
+    got = uncut(mamba2.ssd(q, k, v, step, decay).transpose(2, 3), tokens, 3)[:, :, 0]
     inputs = (v * step[:, :, 0].unsqueeze(-1), decay[:, :, 0], k, q)
     expected, _ = scope["ssd_minimal_discrete"](*(t.transpose(1, 2) for t in inputs), 16)
     torch.testing.assert_close(got, expected.transpose(1, 2), rtol=1e-4, atol=1e-4)
@@ -412,7 +414,7 @@ def test_ssd_agrees_with_mamba_ssm(tokens: int) -> None:
 def test_ssd_is_stable_where_everything_is_forgotten_or_nothing() -> None:
     for steps in (0.0, 1e-8, 1e4):
         inputs = [t.float().requires_grad_() for t in ssd_inputs(200, steps=steps)]
-        y = matrix_state.ssd(*inputs)
+        y = mamba2.ssd(*inputs)
         assert y.isfinite().all()
         for gradient in torch.autograd.grad(y.sum(), inputs):
             assert gradient.isfinite().all()
@@ -533,12 +535,12 @@ def test_mamba2_starts_with_the_teachers_q_k_and_v(width: float, causal: bool) -
     view = attention_view(DIM, HEADS, TOKENS, causal=causal)
     mixer: Mamba2 = inherited("mamba2", view, width, causal=causal)
     x = randn(2, TOKENS, DIM)
-    u = mixer._convolve(mixer.in_proj(x).split(mixer.sizes, dim=-1)[1])
+    u = depthwise(mixer.in_proj(x).split(mixer.sizes, dim=-1)[1], mixer.conv1d)
     v, k, q = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in u.split(mixer.parts, dim=-1))
     torch.testing.assert_close(
         q @ k.mT, heads(x, view.q_weight, view.q_bias) @ heads(x, view.k_weight, view.k_bias).mT / 2
     )
     torch.testing.assert_close(v[..., :4], heads(x, view.v_weight, view.v_bias))
     rates = (mixer.A_log.exp() * F.softplus(mixer.dt_bias)).unflatten(0, (HEADS, -1))
-    expected = matrix_state.mean_rates(view.mean_attention, causal).unsqueeze(-1).expand_as(rates)
+    expected = mean_rates(view.mean_attention, causal).unsqueeze(-1).expand_as(rates)
     torch.testing.assert_close(rates, expected)

@@ -70,3 +70,14 @@ def read_grid(mixer: Any, mixed: list[Tensor], x: Tensor) -> Tensor:
     return torch.stack(
         [affine(mixer.readout, torch.cat((m, v, *shared))) for m, v in zip(every, x, strict=True)]
     )
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x))."""
+    return torch.log1p(torch.exp(-torch.abs(x))) + x * (x > 0)
+
+
+def in_turn(mixer: Any, tokens: int) -> list[list[int]]:
+    """The order in which each direction of `mixer` goes through the tokens."""
+    order = list(range(tokens))
+    return [order, order[::-1]][: mixer.ways]
