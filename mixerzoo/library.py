@@ -38,9 +38,8 @@ from mixerzoo.spec import MixerSpec, Site
 
 LOCK = "library.lock"  # marks a folder as a library, and is shared by the processes that use it
 KEY = re.compile(r"[0-9a-f]{24}")
-DISTILLING = tuple(  # the code that weights depend on
-    Path(__file__).with_name(f"{name}.py") for name in ("capture", "data", "distill", "ridge", "statistics")
-)
+MAKING = ("capture", "data", "distill", "objectives", "pairs", "readout", "ridge", "statistics")
+DISTILLING = tuple(Path(__file__).with_name(f"{name}.py") for name in MAKING)  # what weights depend on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +99,7 @@ class Entry:
     data: str
     images: int
     plugin: str
-    recipe: dict[str, float]
+    recipe: dict[str, float | str]
     made: str
 
     def to_json(self) -> dict[str, Any]:

@@ -59,6 +59,10 @@ def list_command(folder: Path, as_json: bool) -> None:
     click.echo(f"\n{len(found)} candidates, {size_text(bytes_used)}, in {folder}")
 
 
+def _short(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
+
+
 @library_group.command("show")
 @click.argument("key")
 @folder_argument
@@ -71,7 +75,7 @@ def show_command(key: str, folder: Path) -> None:
         problem = "no such key" if not found else f"{len(found)} keys begin with it; give more of it"
         raise MixerzooError(f"library '{folder}': key '{key}': {problem}")
     for name, value in found[0].to_json().items():
-        text = ", ".join(f"{k} {v:g}" for k, v in value.items()) if isinstance(value, dict) else value
+        text = ", ".join(f"{k} {_short(v)}" for k, v in value.items()) if isinstance(value, dict) else value
         click.echo(f"{name:<12} {'-' if text is None or text == '' else text}")
 
 

@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mixerzoo.distill import Recipe, evaluate, solve_readout, take_steps
+from mixerzoo.distill import Recipe, take_steps
 from mixerzoo.errors import MixerzooError
 from mixerzoo.hosts import Replacement, Stage, Teacher, assemble
+from mixerzoo.pairs import evaluate
+from mixerzoo.readout import solve_readout
 from mixerzoo.registry import get_registry
 from mixerzoo.spec import Site
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -69,23 +71,48 @@ def solve(
     used = len(train.xx) if bias else len(train.xx) - 1
     features = len(train.xx) - 1
     size = float(train.xx.diagonal()[:features].mean()) if features else 1.0
-    best: Solution | None = None
-    for penalty in PENALTIES if start is None else PENALTIES + STRONGER:
-        ridge = torch.full((features + 1,), penalty * size, dtype=torch.float64)
+    penalties = PENALTIES if start is None else PENALTIES + STRONGER
+
+    def solution_of(number: int) -> Solution | None:
+        ridge = torch.full((features + 1,), penalties[number] * size, dtype=torch.float64)
         ridge[-1] = 1e-9 * train.rows  # the bias is not shrunk
         factor, info = torch.linalg.cholesky_ex((train.xx + ridge.diag())[:used, :used])
         if int(info) != 0:
-            continue
+            return None
         solution = begin.clone()
         solution[:used] += torch.cholesky_solve(missing[:used], factor)
         if not torch.isfinite(solution).all():
-            continue
-        nmse = held_out.nmse(solution)
-        if best is None or nmse < best.nmse:
-            best = Solution(
-                weight=solution[:-1].T.float().contiguous(),
-                bias=solution[-1].float().contiguous(),
-                nmse=nmse,
-                penalty=penalty,
-            )
-    return best
+            return None
+        return Solution(
+            weight=solution[:-1].T.float().contiguous(),
+            bias=solution[-1].float().contiguous(),
+            nmse=held_out.nmse(solution),
+            penalty=penalties[number],
+        )
+
+    return _lowest(solution_of, len(penalties))
+
+
+def _lowest(solution_of: Callable[[int], Solution | None], count: int) -> Solution | None:
+    """Return the best solution of a row in which the error falls, then rises: go downhill from the middle.
+
+    Where the smallest penalties have no solution, the hill is taken to rise there.
+    """
+    tried: dict[int, Solution | None] = {}
+
+    def error(number: int) -> float:
+        if number not in range(count):
+            return math.inf
+        if number not in tried:
+            tried[number] = solution_of(number)
+        found = tried[number]
+        return math.inf if found is None or math.isnan(found.nmse) else found.nmse
+
+    at = next((n for n in range(count // 2, count) if error(n) < math.inf), None)
+    if at is None:
+        return None
+    while True:
+        lower = min((at - 1, at + 1), key=error)
+        if not error(lower) < error(at):
+            return tried[at]
+        at = lower

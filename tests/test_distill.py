@@ -10,15 +10,11 @@ from torch import nn
 
 from mixerzoo import MixerSpec
 from mixerzoo.capture import capture
-from mixerzoo.distill import (
-    Recipe,
-    distill,
-    evaluate,
-    held_out_rows,
-    solve_readout,
-    take_steps,
-)
+from mixerzoo.distill import Recipe, distill, take_steps
 from mixerzoo.errors import MixerzooError
+from mixerzoo.objectives import OBJECTIVES, token_cosine
+from mixerzoo.pairs import evaluate, held_out_objective, held_out_rows
+from mixerzoo.readout import solve_readout
 from mixerzoo.registry import get_registry
 from mixerzoo.ridge import solve
 
@@ -249,7 +245,7 @@ def test_the_closed_form_gains_much(at):
 
 
 def test_a_worse_closed_form_is_not_taken(at, monkeypatch):
-    from mixerzoo import distill as module
+    from mixerzoo import readout as module
 
     def ruin(*grams, **options):
         found = solve(*grams, **options)
@@ -370,6 +366,38 @@ def test_steps_help(at):
     trained = distill(AFFINE, 1.0, *at, Recipe(steps=40, lr=1e-2))
     assert trained.nmse < 0.98 * solved.nmse
     assert 0 < trained.steps <= 40
+
+
+def test_steps_can_be_for_the_cosine_along_the_tokens(at):
+    _, kept = at
+    errors = {}
+    for objective in OBJECTIVES:
+        torch.manual_seed(0)
+        mixer = Affine(24).eval()
+        recipe = Recipe(steps=30, lr=1e-2, objective=objective)
+        nmse, _ = take_steps(mixer, kept, recipe, evaluate(mixer, kept), readout=None)
+        assert evaluate(mixer, kept) == pytest.approx(nmse, rel=1e-4)
+        errors[objective] = nmse, held_out_objective(mixer, kept, token_cosine)
+    assert errors["cosine"][1] < errors["nmse"][1]
+    assert errors["nmse"][0] < errors["cosine"][0]
+
+
+def test_the_cosine_does_not_see_the_size_of_a_channel():
+    y = torch.randn(2, 7, 3)
+    assert token_cosine(y * torch.tensor([0.1, 1.0, 5.0]), y).item() == pytest.approx(0, abs=1e-6)
+    assert token_cosine(-y, y).item() == pytest.approx(2)
+    assert token_cosine(y[:, torch.randperm(7)], y).item() > 0.1  # but their places
+
+
+def test_a_readout_is_solved_without_running_it(at):
+    class Counts(Affine):
+        def __init__(self, dim):
+            super().__init__(dim)
+            self.readout.register_forward_hook(lambda *_: calls.append(1))
+
+    calls = []
+    solve_readout(Counts(24), "readout", at[1])
+    assert len(calls) == 2  # once to see that it gives the output, and once for the comparison
 
 
 def test_a_longer_recipe_goes_on_from_a_shorter_one(at):

@@ -11,11 +11,13 @@ from torch import nn
 from mixerzoo import MixerSpec, hookimpl
 from mixerzoo.capture import capture
 from mixerzoo.data import image_batches
-from mixerzoo.distill import FeatureTap, Recipe, distill, held_out_rows
+from mixerzoo.distill import Recipe, distill
 from mixerzoo.hosts import Replacement, as_teacher, assemble, run_stages
 from mixerzoo.hosts.timm_vit import TimmVitHost
 from mixerzoo.opening import open_data, open_teacher
+from mixerzoo.pairs import held_out_rows
 from mixerzoo.plan import Candidate
+from mixerzoo.readout import FeatureTap
 from mixerzoo.refit import refit, refit_student
 from mixerzoo.registry import get_registry, temporary_plugin
 from mixerzoo.ridge import PENALTIES
@@ -241,7 +243,7 @@ def test_a_few_batches_do(count):
 
 @pytest.mark.parametrize("count", [2, 5])
 def test_the_last_fifth_of_the_images_chooses_the_penalty(count, monkeypatch):
-    from mixerzoo import distill as module
+    from mixerzoo import readout as module
 
     grams = []
     solve = module.solve

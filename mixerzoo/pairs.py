@@ -1,0 +1,81 @@
+"""What a mixer is fitted to: inputs and wanted outputs over n images, the last of them held out.
+
+The error is NMSE = sum |f(x) - y|^2 / sum |y - mean(y)|^2 over held-out images: 0 is perfect, 1 is a constant. The
+mean is over images and tokens, one a channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from mixerzoo.errors import MixerzooError
+from mixerzoo.objectives import Objective
+
+BATCH = 32  # images at a time, in every pass over the pairs
+HELD_OUT = 0.2  # of the images
+
+
+class Pairs(Protocol):
+    """Inputs x and wanted outputs y of a mixer, (n, N, D) each, over n images; `SiteCapture` is one."""
+
+    @property
+    def x(self) -> torch.Tensor:
+        """What the mixer is given."""
+
+    @property
+    def y(self) -> torch.Tensor:
+        """What it should make of it."""
+
+
+def held_out_rows(images: int) -> tuple[slice, slice]:
+    """Return the training and the held-out rows of the captured images."""
+    first = images - max(1, round(images * HELD_OUT))
+    return slice(0, first), slice(first, images)
+
+
+def batches(captured: Pairs, rows: slice) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield x and y (B, N, D) of the rows in float32, batch by batch."""
+    for first in range(rows.start, rows.stop, BATCH):
+        part = slice(first, min(first + BATCH, rows.stop))
+        yield captured.x[part].float(), captured.y[part].float()
+
+
+def spread(y: torch.Tensor) -> float:
+    """Return sum |y - mean(y)|^2 of outputs (n, N, D), the mean a channel's."""
+    y = y.float()
+    return max(float((y - y.mean((0, 1))).double().square().sum()), 1e-30)
+
+
+def forward(mixer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return what a mixer makes of x (B, N, D).
+
+    Raises:
+        MixerzooError: if that has another shape.
+    """
+    out: torch.Tensor = mixer(x)
+    if out.shape != x.shape:  # some wrong shapes would broadcast
+        raise MixerzooError(f"it maps {tuple(x.shape)} to {tuple(out.shape)}, not (B, N, D) to (B, N, D)")
+    return out
+
+
+@torch.inference_mode()
+def evaluate(mixer: nn.Module, captured: Pairs) -> float:
+    """Return the held-out NMSE."""
+    _, held_out = held_out_rows(len(captured.x))
+    error = 0.0
+    for x, y in batches(captured, held_out):
+        error += float((forward(mixer, x) - y).double().square().sum())
+    return error / spread(captured.y[held_out])
+
+
+@torch.inference_mode()
+def held_out_objective(mixer: nn.Module, captured: Pairs, objective: Objective) -> float:
+    """Return the mean of an objective over batches of held-out images."""
+    _, held_out = held_out_rows(len(captured.x))
+    size = spread(captured.y[held_out]) / captured.y[held_out].numel()
+    losses = [float(objective(forward(mixer, x), y, size)) * len(x) for x, y in batches(captured, held_out)]
+    return sum(losses) / len(captured.x[held_out])

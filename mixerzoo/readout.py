@@ -1,0 +1,120 @@
+"""A mixer's last linear layer in closed form: ridge regression from what comes into it to what should come out."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from mixerzoo.errors import MixerzooError
+from mixerzoo.pairs import Pairs, batches, forward, held_out_rows, spread
+from mixerzoo.ridge import Gram, solve
+
+SEEN_TOKENS = 131_072  # that a mixer is run on for its readout to be solved
+SOLVE_TOKENS = (
+    32_768  # of these, drawn at random, that it is solved on: tokens of one image have much in common
+)
+CHECKED = 4  # images on which a mixer's output is compared with its readout's
+
+
+@torch.inference_mode()
+def solve_readout(
+    mixer: nn.Module, readout: str, captured: Pairs, *, anchored: bool = False
+) -> tuple[float, float]:
+    """Solve the mixer's last linear layer by ridge regression, if that makes it better.
+
+    The penalty is on the layer's weights; `anchored`, on their change. One pass is enough: what the Gram matrices
+    hold tells the held-out NMSE of any readout. Returns that of the readout as it was and of the solved one; NaN
+    where there was no solution.
+    """
+    layer = mixer.get_submodule(readout)
+    if not isinstance(layer, nn.Linear):
+        raise MixerzooError(f"readout '{readout}' is a {type(layer).__name__}, not a linear layer")
+    train, held_out = held_out_rows(len(captured.x))
+    enough = max(1, SEEN_TOKENS // captured.x.shape[1])
+    generator = torch.Generator().manual_seed(0)
+    grams = []
+    with FeatureTap(layer) as tap:
+        few = captured.x[held_out][:CHECKED].float()
+        out = forward(mixer, few)
+        if not torch.allclose(layer(tap.features()).reshape(out.shape), out, rtol=1e-3, atol=1e-4):
+            raise MixerzooError(f"its output is not that of its readout '{readout}'")
+        for rows in (slice(0, min(train.stop, enough)), held_out):
+            gram = Gram(layer.in_features, layer.out_features)
+            share = SOLVE_TOKENS / captured.x[rows, :, 0].numel()
+            for x, y in batches(captured, rows):
+                features, target = tap.features_of(mixer, x), y.reshape(-1, layer.out_features)
+                if share < 1 and len(features) == len(x) * x.shape[1]:
+                    drawn = torch.randperm(len(features), generator=generator)[: round(share * len(features))]
+                    features, target = features[drawn], target[drawn]
+                gram.update(features, target)
+            grams.append(gram)
+    # A readout may have more outputs than the D channels that the error is about.
+    kept = grams[1].rows * layer.out_features / captured.y[held_out].numel()
+    energy = kept * spread(captured.y[held_out])
+    bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias
+    now = torch.cat([layer.weight.T, bias[None]]).double()
+    before = grams[1].error(now) / energy
+    found = solve(*grams, bias=layer.bias is not None, start=now if anchored else None)
+    if found is None:
+        return before, math.nan
+    solved = found.nmse * grams[1].spread() / energy
+    if not solved > before:
+        set_linear(layer, found.weight, found.bias)
+    return before, solved
+
+
+def lower(before: float, solved: float) -> float:
+    """Return the error that `solve_readout` leaves a mixer with, from what it returned."""
+    return solved if solved <= before else before  # also without a solution
+
+
+@torch.no_grad()
+def set_linear(layer: nn.Linear, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    """Write a solution into a linear layer."""
+    layer.weight.copy_(weight)
+    if layer.bias is not None:
+        layer.bias.copy_(bias)
+
+
+class _Seen(Exception):
+    """Ends a forward pass at the layer whose input was asked for."""
+
+
+class FeatureTap:
+    """Records the input of a linear layer during a `with` block."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.layer = layer
+        self._seen: torch.Tensor | None = None
+        self._ends = False
+
+    def __enter__(self) -> FeatureTap:
+        self._handle = self.layer.register_forward_pre_hook(self._record)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+    def _record(self, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        self._seen = args[0]
+        if self._ends:
+            raise _Seen
+
+    def features(self) -> torch.Tensor:
+        """Return the last input as rows (rows, F)."""
+        if self._seen is None:
+            raise MixerzooError("the readout was not called")
+        return self._seen.reshape(-1, self.layer.in_features)
+
+    def features_of(self, mixer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Return what `mixer` makes of x (B, N, D) before the layer, as rows (rows, F); it runs no further."""
+        self._ends = True
+        try:
+            mixer(x)
+        except _Seen:
+            pass
+        finally:
+            self._ends = False
+        return self.features()
