@@ -1,13 +1,12 @@
 """One pass of the teacher over the calibration images: inputs and outputs of every site, and statistics.
 
-Activations are kept in bfloat16, in memory up to a limit and in memory-mapped files above it.
+Activations are kept in bfloat16, in memory up to a limit and in files above it.
 """
 
 from __future__ import annotations
 
 import math
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import nn
 
 from mixerzoo.hosts import Teacher
 from mixerzoo.spec import AttentionView, MlpView, Site, View
+from mixerzoo.spill import Spill
 from mixerzoo.statistics import AttentionStatistics
 
 MEMORY_LIMIT_GB = 2.0
@@ -33,28 +33,31 @@ class SiteCapture:
         x: inputs (n, N, D) bfloat16.
         y: outputs (n, N, D) bfloat16.
         view: weights, mean maps or importances, and statistics: what a mixer may start from.
+        spill: holds x and y, unless they are in memory.
     """
 
     x: torch.Tensor
     y: torch.Tensor
     view: View
+    spill: Spill | None = field(default=None, repr=False)
+
+    def release(self) -> None:
+        """Give the memory of x and y back, where they can be read again."""
+        if self.spill is not None:
+            self.spill.release()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Capture:
-    """The captured sites by name; `folder` holds the spilled part and goes away with this object."""
+    """The captured sites by name; `spill` holds their activations, unless they are in memory."""
 
     sites: dict[str, SiteCapture]
-    folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+    spill: Spill | None = field(default=None, repr=False)
 
     @property
     def statistics(self) -> dict[str, dict[str, float]]:
         """Site -> statistics."""
         return {name: dict(site.view.statistics) for name, site in self.sites.items()}
-
-    def __del__(self) -> None:
-        if self.folder is not None:
-            self.folder.cleanup()
 
 
 @torch.no_grad()
@@ -73,15 +76,13 @@ def capture(
         teacher: the teacher.
         batches: images, prepared.
         images: how many there are in all batches together.
-        memory_limit_gb: activations above this many GiB go to memory-mapped files.
+        memory_limit_gb: above this many GiB, activations go to files.
         spill_dir: where those files go; the system's temporary folder unless given.
         on_batch: called with the number of images done.
     """
     needed = sum(4 * images * site.tokens * site.dim for site in teacher.sites)
-    folder = None
-    if needed > memory_limit_gb * 2**30:
-        folder = tempfile.TemporaryDirectory(prefix="mixerzoo-capture-", dir=spill_dir)
-    recorders = [_Recorder(teacher, site, images, folder) for site in teacher.sites]
+    spill = Spill(spill_dir) if needed > memory_limit_gb * 2**30 else None
+    recorders = [_Recorder(teacher, site, images, spill) for site in teacher.sites]
     handles = [handle for recorder in recorders for handle in recorder.attach()]
     done = 0
     try:
@@ -90,28 +91,29 @@ def capture(
             teacher.model(batch)
             done += len(batch)
             on_batch(done)
+            if spill is not None:
+                spill.release()
         sites = {recorder.site.name: recorder.finish() for recorder in recorders}
     except BaseException:
-        if folder is not None:
-            folder.cleanup()
+        if spill is not None:
+            spill.remove()
         raise
     finally:
         for handle in handles:
             handle.remove()
-    return Capture(sites=sites, folder=folder)
+    return Capture(sites=sites, spill=spill)
 
 
 class _Recorder:
     """Hooks of one site, and what they gather."""
 
-    def __init__(
-        self, teacher: Teacher, site: Site, images: int, folder: tempfile.TemporaryDirectory[str] | None
-    ) -> None:
+    def __init__(self, teacher: Teacher, site: Site, images: int, spill: Spill | None) -> None:
         self.teacher = teacher
         self.site = site
         self.module = teacher.model.get_submodule(site.name)
-        self.x = _allocate((images, site.tokens, site.dim), folder, f"{site.index}-x")
-        self.y = _allocate((images, site.tokens, site.dim), folder, f"{site.index}-y")
+        self.spill = spill
+        empty = torch.empty if spill is None else spill.empty
+        self.x, self.y = (empty((images, site.tokens, site.dim), dtype=torch.bfloat16) for _ in range(2))
         self.row = 0
         self.maps = AttentionStatistics(site) if site.kind == "attention" else None
         self.units = torch.zeros(site.hidden or 0, dtype=torch.float64)
@@ -157,18 +159,8 @@ class _Recorder:
             size = (self.units / max(self.unit_images * self.site.tokens, 1)).sqrt().float()
             importance = size * weights["out_weight"].norm(dim=0)
             view = MlpView(**weights, importance=importance, statistics=statistics)
-        return SiteCapture(x=self.x, y=self.y, view=view)
+        return SiteCapture(x=self.x, y=self.y, view=view, spill=self.spill)
 
 
 def _energy(x: torch.Tensor) -> float:
     return float(x.square().sum(dtype=torch.float64))
-
-
-def _allocate(
-    shape: Sequence[int], folder: tempfile.TemporaryDirectory[str] | None, name: str
-) -> torch.Tensor:
-    if folder is None:
-        return torch.empty(*shape, dtype=torch.bfloat16)
-    path = Path(folder.name) / name
-    size = math.prod(shape)
-    return torch.from_file(str(path), shared=True, size=size, dtype=torch.bfloat16).view(*shape)

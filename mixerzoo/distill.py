@@ -15,7 +15,7 @@ from mixerzoo.capture import SiteCapture
 from mixerzoo.errors import MixerzooError
 from mixerzoo.hosts import count_params
 from mixerzoo.objectives import OBJECTIVES
-from mixerzoo.pairs import BATCH, Pairs, evaluate, held_out_objective, held_out_rows
+from mixerzoo.pairs import BATCH, Pairs, evaluate, held_out_objective, held_out_rows, spread
 from mixerzoo.readout import lower, solve_readout
 from mixerzoo.spec import MixerSpec, Site
 
@@ -150,8 +150,7 @@ def take_steps(
     are for what lies before it (variable projection). Steps on a solved readout would first undo the solution.
     """
     train, _ = held_out_rows(len(captured.x))
-    y_train = captured.y[train].float()
-    spread = float((y_train - y_train.mean((0, 1))).square().mean())
+    size = spread(captured, train) / captured.y[train].numel()
     solved = set() if readout is None else set(mixer.get_submodule(readout).parameters())
     parameters = [p.requires_grad_() for p in mixer.parameters() if p not in solved]
     if not parameters:
@@ -173,8 +172,8 @@ def take_steps(
     every = max(1, recipe.steps // CHECKS)
     mixer.train()
     while step < recipe.steps and stale < PATIENCE:
-        rows = torch.randint(len(y_train), (BATCH,))
-        loss = objective(mixer(captured.x[rows].float()), captured.y[rows].float(), spread)
+        rows = torch.randint(train.stop, (BATCH,))
+        loss = objective(mixer(captured.x[rows].float()), captured.y[rows].float(), size)
         if not torch.isfinite(loss):
             break  # the best state so far is kept
         optimizer.zero_grad()

@@ -17,6 +17,7 @@ from mixerzoo.objectives import Objective
 
 BATCH = 32  # images at a time, in every pass over the pairs
 HELD_OUT = 0.2  # of the images
+RELEASE = 16  # batches after which the memory of those gone through is given back
 
 
 class Pairs(Protocol):
@@ -30,6 +31,9 @@ class Pairs(Protocol):
     def y(self) -> torch.Tensor:
         """What it should make of it."""
 
+    def release(self) -> None:
+        """Give the memory of both back, where they can be read again."""
+
 
 def held_out_rows(images: int) -> tuple[slice, slice]:
     """Return the training and the held-out rows of the captured images."""
@@ -39,15 +43,22 @@ def held_out_rows(images: int) -> tuple[slice, slice]:
 
 def batches(captured: Pairs, rows: slice) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield x and y (B, N, D) of the rows in float32, batch by batch."""
-    for first in range(rows.start, rows.stop, BATCH):
+    for number, first in enumerate(range(rows.start, rows.stop, BATCH)):
         part = slice(first, min(first + BATCH, rows.stop))
         yield captured.x[part].float(), captured.y[part].float()
+        if number % RELEASE == RELEASE - 1:
+            captured.release()
+    captured.release()
 
 
-def spread(y: torch.Tensor) -> float:
-    """Return sum |y - mean(y)|^2 of outputs (n, N, D), the mean a channel's."""
-    y = y.float()
-    return max(float((y - y.mean((0, 1))).double().square().sum()), 1e-30)
+def spread(captured: Pairs, rows: slice) -> float:
+    """Return sum |y - mean(y)|^2 over the rows, the mean a channel's."""
+    total, squares, count = torch.zeros(captured.y.shape[2], dtype=torch.float64), 0.0, 0
+    for _, y in batches(captured, rows):
+        total += y.sum((0, 1))
+        squares += float(y.double().square().sum())
+        count += y.shape[0] * y.shape[1]
+    return max(squares - float(total.square().sum()) / max(count, 1), 1e-30)
 
 
 def forward(mixer: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -69,13 +80,13 @@ def evaluate(mixer: nn.Module, captured: Pairs) -> float:
     error = 0.0
     for x, y in batches(captured, held_out):
         error += float((forward(mixer, x) - y).double().square().sum())
-    return error / spread(captured.y[held_out])
+    return error / spread(captured, held_out)
 
 
 @torch.inference_mode()
 def held_out_objective(mixer: nn.Module, captured: Pairs, objective: Objective) -> float:
     """Return the mean of an objective over batches of held-out images."""
     _, held_out = held_out_rows(len(captured.x))
-    size = spread(captured.y[held_out]) / captured.y[held_out].numel()
+    size = spread(captured, held_out) / captured.y[held_out].numel()
     losses = [float(objective(forward(mixer, x), y, size)) * len(x) for x, y in batches(captured, held_out)]
     return sum(losses) / len(captured.x[held_out])

@@ -52,7 +52,7 @@ def solve_readout(
             grams.append(gram)
     # A readout may have more outputs than the D channels that the error is about.
     kept = grams[1].rows * layer.out_features / captured.y[held_out].numel()
-    energy = kept * spread(captured.y[held_out])
+    energy = kept * spread(captured, held_out)
     bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias
     now = torch.cat([layer.weight.T, bias[None]]).double()
     before = grams[1].error(now) / energy

@@ -153,6 +153,9 @@ class _Pairs:
     y: torch.Tensor
     gain: torch.Tensor | None
 
+    def release(self) -> None:
+        """Do nothing: they are in memory."""
+
 
 class _Sides:
     """Teacher and student at the same stage: the hidden states that come into it, batch by batch."""

@@ -2,7 +2,6 @@
 
 import gc
 import math
-from pathlib import Path
 
 import pytest
 import tiny
@@ -145,7 +144,7 @@ def test_spilling_to_disk_changes_nothing(both, tmp_path):
     teacher, found, _ = both
     spilled = capture(teacher, batches(), IMAGES, memory_limit_gb=0, spill_dir=tmp_path)
     (folder,) = tmp_path.iterdir()
-    assert folder == Path(spilled.folder.name)
+    assert folder == spilled.spill.folder
     assert len(list(folder.iterdir())) == 2 * len(teacher.sites)
     assert sum(path.stat().st_size for path in folder.iterdir()) == sum(
         2 * IMAGES * site.tokens * site.dim * 2 for site in teacher.sites
@@ -153,17 +152,19 @@ def test_spilling_to_disk_changes_nothing(both, tmp_path):
     for name, kept in found.sites.items():
         assert torch.equal(spilled.sites[name].x, kept.x)
         assert torch.equal(spilled.sites[name].y, kept.y)
-    first = spilled.sites[teacher.sites[0].name]
-    expected = first.x.clone()
+        spilled.sites[name].release()
+        assert torch.equal(spilled.sites[name].x, kept.x)  # from the file
+    x = spilled.sites[teacher.sites[0].name].x
+    expected = x.clone()
     del spilled
     gc.collect()
     assert list(tmp_path.iterdir()) == []
-    assert torch.equal(first.x, expected)  # what is still in use stays
+    assert torch.equal(x, expected)  # what is still in use stays
 
 
 def test_small_captures_stay_in_memory(both, tmp_path):
     teacher, _, _ = both
-    assert capture(teacher, batches(), IMAGES, spill_dir=tmp_path).folder is None
+    assert capture(teacher, batches(), IMAGES, spill_dir=tmp_path).spill is None
     assert list(tmp_path.iterdir()) == []
 
 

@@ -601,7 +601,7 @@ def test_show_tells_all_about_one(filled):
     told = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     assert told["key"] == KEYS[1]
     assert told["site"] == SITES[1].name
-    assert told["recipe"] == "steps 0, lr 0.001, seed 0"
+    assert told["recipe"] == "steps 0, lr 0.001, seed 0, objective nmse"
     assert told["failed"] == "-"
     assert set(told) == set(read_json(filled / f"{KEYS[1]}.json")) | {"bytes", "unused_s"}
     refused(run("show", "xyz", str(filled)), "key 'xyz'", "no such key")
