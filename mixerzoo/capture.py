@@ -16,10 +16,10 @@ from torch import nn
 
 from mixerzoo.hosts import Teacher
 from mixerzoo.spec import AttentionView, MlpView, Site, View
-from mixerzoo.spill import Spill
+from mixerzoo.spill import FileRows, MemoryRows, Spill
 from mixerzoo.statistics import AttentionStatistics
 
-MEMORY_LIMIT_GB = 2.0
+MEMORY_LIMIT_GB = 4.0
 MAP_IMAGES = (
     256  # maps and hidden units are computed a second time, which is slow; their means settle before that
 )
@@ -91,8 +91,6 @@ def capture(
             teacher.model(batch)
             done += len(batch)
             on_batch(done)
-            if spill is not None:
-                spill.release()
         sites = {recorder.site.name: recorder.finish() for recorder in recorders}
     except BaseException:
         if spill is not None:
@@ -112,9 +110,13 @@ class _Recorder:
         self.site = site
         self.module = teacher.model.get_submodule(site.name)
         self.spill = spill
-        empty = torch.empty if spill is None else spill.empty
-        self.x, self.y = (empty((images, site.tokens, site.dim), dtype=torch.bfloat16) for _ in range(2))
-        self.row = 0
+        shape = images, site.tokens, site.dim
+        self.x, self.y = (
+            MemoryRows(shape, torch.bfloat16)
+            if spill is None
+            else FileRows(spill, f"{site.index}-{name}", shape, torch.bfloat16)
+            for name in "xy"
+        )
         self.maps = AttentionStatistics(site) if site.kind == "attention" else None
         self.units = torch.zeros(site.hidden or 0, dtype=torch.float64)
         self.unit_images = 0
@@ -133,9 +135,8 @@ class _Recorder:
 
     def _seen(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         x = args[0]
-        rows = slice(self.row, self.row + len(x))
-        self.x[rows], self.y[rows] = x, output
-        self.row += len(x)
+        self.x.append(x)
+        self.y.append(output)
         scale = None if self.site.scale is None else self.teacher.model.get_submodule(self.site.scale)
         self.added += _energy(output if scale is None else scale(output))
         if self.maps is not None:
@@ -159,8 +160,8 @@ class _Recorder:
             size = (self.units / max(self.unit_images * self.site.tokens, 1)).sqrt().float()
             importance = size * weights["out_weight"].norm(dim=0)
             view = MlpView(**weights, importance=importance, statistics=statistics)
-        return SiteCapture(x=self.x, y=self.y, view=view, spill=self.spill)
+        return SiteCapture(x=self.x.tensor(), y=self.y.tensor(), view=view, spill=self.spill)
 
 
 def _energy(x: torch.Tensor) -> float:
-    return float(x.square().sum(dtype=torch.float64))
+    return float(torch.linalg.vector_norm(x)) ** 2

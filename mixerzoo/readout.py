@@ -12,9 +12,9 @@ from mixerzoo.pairs import Pairs, batches, forward, held_out_rows, spread
 from mixerzoo.ridge import Gram, solve
 
 SEEN_TOKENS = 131_072  # that a mixer is run on for its readout to be solved
-SOLVE_TOKENS = (
-    32_768  # of these, drawn at random, that it is solved on: tokens of one image have much in common
-)
+# Of these, drawn at random, that it is solved on and that choose the penalty: tokens of one image have much in common.
+SOLVE_TOKENS, HELD_OUT_TOKENS = 32_768, 16_384
+BLOCK = 4096  # rows that are summed at once
 CHECKED = 4  # images on which a mixer's output is compared with its readout's
 
 
@@ -33,23 +33,18 @@ def solve_readout(
         raise MixerzooError(f"readout '{readout}' is a {type(layer).__name__}, not a linear layer")
     train, held_out = held_out_rows(len(captured.x))
     enough = max(1, SEEN_TOKENS // captured.x.shape[1])
-    generator = torch.Generator().manual_seed(0)
     grams = []
     with FeatureTap(layer) as tap:
         few = captured.x[held_out][:CHECKED].float()
         out = forward(mixer, few)
         if not torch.allclose(layer(tap.features()).reshape(out.shape), out, rtol=1e-3, atol=1e-4):
             raise MixerzooError(f"its output is not that of its readout '{readout}'")
-        for rows in (slice(0, min(train.stop, enough)), held_out):
-            gram = Gram(layer.in_features, layer.out_features)
-            share = SOLVE_TOKENS / captured.x[rows, :, 0].numel()
-            for x, y in batches(captured, rows):
-                features, target = tap.features_of(mixer, x), y.reshape(-1, layer.out_features)
-                if share < 1 and len(features) == len(x) * x.shape[1]:
-                    drawn = torch.randperm(len(features), generator=generator)[: round(share * len(features))]
-                    features, target = features[drawn], target[drawn]
-                gram.update(features, target)
-            grams.append(gram)
+        for rows, most in (
+            (slice(0, min(train.stop, enough)), SOLVE_TOKENS),
+            (held_out, HELD_OUT_TOKENS),
+        ):
+            share = most / captured.x[rows, :, 0].numel()
+            grams.append(_gram(mixer, tap, captured, rows, share))
     # A readout may have more outputs than the D channels that the error is about.
     kept = grams[1].rows * layer.out_features / captured.y[held_out].numel()
     energy = kept * spread(captured, held_out)
@@ -63,6 +58,25 @@ def solve_readout(
     if not solved > before:
         set_linear(layer, found.weight, found.bias)
     return before, solved
+
+
+def _gram(mixer: nn.Module, tap: FeatureTap, captured: Pairs, rows: slice, share: float) -> Gram:
+    """Return the Gram matrices of the features that a mixer makes of the rows, of a random `share` of their tokens."""
+    gram = Gram(tap.layer.in_features, tap.layer.out_features)
+    generator = torch.Generator().manual_seed(0)
+    block: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for x, y in batches(captured, rows):
+        features, target = tap.features_of(mixer, x), y.reshape(-1, tap.layer.out_features)
+        if share < 1 and len(features) == len(x) * x.shape[1]:
+            drawn = torch.randperm(len(features), generator=generator)[: round(share * len(features))]
+            features, target = features[drawn], target[drawn]
+        block.append((features, target))
+        if sum(len(features) for features, _ in block) >= BLOCK:
+            gram.update(*map(torch.cat, zip(*block, strict=True)))
+            block.clear()
+    if block:
+        gram.update(*map(torch.cat, zip(*block, strict=True)))
+    return gram
 
 
 def lower(before: float, solved: float) -> float:

@@ -27,9 +27,13 @@ class Gram:
 
     def update(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add rows: x (rows, F), y (rows, T)."""
-        x = torch.cat([x, x.new_ones(len(x), 1)], 1)
-        self.xx += x.T @ x
-        self.xy += x.T @ y
+        total = x.sum(0)
+        self.xx[:-1, :-1] += x.T @ x
+        self.xx[-1, :-1] += total
+        self.xx[:-1, -1] += total
+        self.xx[-1, -1] += len(x)
+        self.xy[:-1] += x.T @ y
+        self.xy[-1] += y.sum(0)
         self.yy += y.square().sum(0)
         self.y += y.sum(0)
         self.rows += len(x)

@@ -1,4 +1,7 @@
-"""Tensors in files, for what may not fit into memory: used as any other, and let go of by the page."""
+"""Activations that grow by the batch, in memory or, where they may not fit, in files: used as any other tensor.
+
+Files are written in order and mapped when they are full; the memory of what was read from them can be given back.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,45 @@ from pathlib import Path
 import torch
 
 
+class MemoryRows:
+    """A tensor of a known shape that is filled row by row, in memory."""
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self._tensor = torch.empty(*shape, dtype=dtype)
+        self._count = 0
+
+    def append(self, rows: torch.Tensor) -> None:
+        """Add rows after those that are there."""
+        self._tensor[self._count : self._count + len(rows)] = rows
+        self._count += len(rows)
+
+    def tensor(self) -> torch.Tensor:
+        """Return the tensor."""
+        return self._tensor
+
+
+class FileRows:
+    """The same in a file of a `Spill`. They are written, not mapped: a new page of a mapped file costs much more."""
+
+    def __init__(self, spill: Spill, name: str, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.spill, self.shape, self.dtype = spill, tuple(shape), dtype
+        self._path = spill.folder / name
+
+    def append(self, rows: torch.Tensor) -> None:
+        """Add rows after those that are there."""
+        with self._path.open("ab") as file:
+            rows.to(self.dtype).contiguous().view(torch.uint8).numpy().tofile(file)
+
+    def tensor(self) -> torch.Tensor:
+        """Return the tensor; rows that were not written are zeros."""
+        size = math.prod(self.shape) * self.dtype.itemsize
+        with self._path.open("ab") as file:
+            file.truncate(size)
+        return torch.frombuffer(self.spill.map(self._path, size), dtype=self.dtype).view(self.shape)
+
+
 class Spill:
-    """Tensors in a temporary folder that goes away with this object, and the tensors with it.
+    """A temporary folder for tensors, which goes away with this object; tensors that are in use then stay.
 
     Args:
         parent: where the folder is made; the system's temporary folder unless given.
@@ -29,18 +69,16 @@ class Spill:
         self.remove = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self._maps: list[mmap.mmap] = []
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Return a tensor in a file of its own, filled with zeros."""
-        size = math.prod(shape) * dtype.itemsize
-        with (self.folder / str(len(self._maps))).open("w+b") as file:
-            file.truncate(size)
+    def map(self, path: Path, size: int) -> mmap.mmap:
+        """Map a file of `size` bytes in the folder."""
+        with path.open("r+b") as file:
             self._maps.append(mmap.mmap(file.fileno(), size))
-        return torch.frombuffer(self._maps[-1], dtype=dtype).view(*shape)
+        return self._maps[-1]
 
     def release(self) -> None:
         """Give the memory of all tensors back to the system; they come back from their files when they are used.
 
-        Without it, all that was ever touched would count as memory of this process. Where the system has no such
+        Without it, all that was ever read would count as memory of this process. Where the system has no such
         call, it decides by itself.
         """
         for pages in self._maps:
