@@ -6,6 +6,7 @@ import copy
 import hashlib
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
 import torch
@@ -16,10 +17,10 @@ from mixerzoo.errors import MixerzooError
 from mixerzoo.hosts import count_params
 from mixerzoo.objectives import OBJECTIVES
 from mixerzoo.pairs import BATCH, Pairs, evaluate, held_out_objective, held_out_rows, spread
-from mixerzoo.readout import lower, solve_readout
+from mixerzoo.readout import FeatureTap, RunningReadout, lower, solve_readout
 from mixerzoo.spec import MixerSpec, Site
 
-PATIENCE = 2  # checks without a better held-out error before the steps stop
+PATIENCE = 3  # checks without a better held-out error before the steps stop: it falls when the rate does
 CHECKS = 5  # checks of the held-out error in a full run of steps
 
 
@@ -35,7 +36,7 @@ class Recipe:
     """
 
     steps: int = 0
-    lr: float = 1e-3
+    lr: float = 2e-3
     seed: int = 0
     objective: str = "nmse"
 
@@ -146,8 +147,9 @@ def take_steps(
 ) -> tuple[float, int]:
     """Take AdamW steps on the objective; leave the mixer at its best held-out state. Returns its NMSE and the steps.
 
-    A readout stays at its closed-form optimum and is solved again at every check (`anchored` or not): the steps
-    are for what lies before it (variable projection). Steps on a solved readout would first undo the solution.
+    The steps are for what lies before the readout, which is kept at its closed-form optimum over the last batches,
+    and solved on all of them (`anchored` or not) at every check. Steps on a solved readout would first undo the
+    solution.
     """
     train, _ = held_out_rows(len(captured.x))
     size = spread(captured, train) / captured.y[train].numel()
@@ -170,29 +172,36 @@ def take_steps(
 
     best, best_state, stale, step = reached(nmse), copy.deepcopy(mixer.state_dict()), 0, 0
     every = max(1, recipe.steps // CHECKS)
-    mixer.train()
-    while step < recipe.steps and stale < PATIENCE:
-        rows = torch.randint(train.stop, (BATCH,))
-        loss = objective(mixer(captured.x[rows].float()), captured.y[rows].float(), size)
-        if not torch.isfinite(loss):
-            break  # the best state so far is kept
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        step += 1
-        if step % every == 0 or step == recipe.steps:
-            mixer.eval()
-            if readout:
-                now = lower(*solve_readout(mixer, readout, captured, anchored=anchored))
-            else:
-                now = evaluate(mixer, captured)
-            found = reached(now)
-            mixer.train()
-            stale = 0 if found < best else stale + 1
-            if found < best:
-                best, best_state = found, copy.deepcopy(mixer.state_dict())
+    with ExitStack() as stack:
+        running = None
+        if readout is not None and isinstance(layer := mixer.get_submodule(readout), nn.Linear):
+            running, tap = RunningReadout(layer), stack.enter_context(FeatureTap(layer))
+        mixer.train()
+        while step < recipe.steps and stale < PATIENCE:
+            rows = torch.randint(train.stop, (BATCH,))
+            y = captured.y[rows].float()
+            loss = objective(mixer(captured.x[rows].float()), y, size)
+            if not torch.isfinite(loss):
+                break  # the best state so far is kept
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            step += 1
+            if running is not None:
+                running.update(tap.features(), y)
+            if step % every == 0 or step == recipe.steps:
+                mixer.eval()
+                if readout:
+                    now = lower(*solve_readout(mixer, readout, captured, anchored=anchored))
+                else:
+                    now = evaluate(mixer, captured)
+                found = reached(now)
+                mixer.train()
+                stale = 0 if found < best else stale + 1
+                if found < best:
+                    best, best_state = found, copy.deepcopy(mixer.state_dict())
     mixer.load_state_dict(best_state)
     mixer.eval()
     return best[1], step

@@ -9,12 +9,16 @@ from torch import nn
 
 from mixerzoo.errors import MixerzooError
 from mixerzoo.pairs import Pairs, batches, forward, held_out_rows, spread
-from mixerzoo.ridge import Gram, solve
+from mixerzoo.ridge import Gram, ridge, solve
 
 SEEN_TOKENS = 131_072  # that a mixer is run on for its readout to be solved
 # Of these, drawn at random, that it is solved on and that choose the penalty: tokens of one image have much in common.
 SOLVE_TOKENS, HELD_OUT_TOKENS = 32_768, 16_384
 BLOCK = 4096  # rows that are summed at once
+FADE = 0.9  # what a batch counts for, a step later
+SOLVED_EVERY = 4  # steps
+ENOUGH = 4  # rows a feature
+RUNNING_PENALTY = 1e-3
 CHECKED = 4  # images on which a mixer's output is compared with its readout's
 
 
@@ -132,3 +136,29 @@ class FeatureTap:
         finally:
             self._ends = False
         return self.features()
+
+
+class RunningReadout:
+    """Keeps a readout at its closed-form optimum while gradient steps change what comes before it.
+
+    What it is solved on is the features of the last ten batches or so. By the envelope theorem, the gradient of the
+    rest is then that of the error with the best readout (variable projection); with a readout that has fallen
+    behind, it leads nowhere.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.layer = layer
+        self._gram = Gram(layer.in_features, layer.out_features)
+        self._updates = 0
+
+    @torch.no_grad()
+    def update(self, features: torch.Tensor, y: torch.Tensor) -> None:
+        """Take in features (rows, F) and wanted outputs y (B, N, D), and now and then solve the readout again."""
+        self._gram.fade(FADE)
+        self._gram.update(features, y.reshape(-1, self.layer.out_features))
+        self._updates += 1
+        if self._updates % SOLVED_EVERY or self._gram.rows < ENOUGH * self.layer.in_features:
+            return
+        solution = ridge(self._gram, RUNNING_PENALTY, bias=self.layer.bias is not None)
+        if solution is not None:
+            set_linear(self.layer, solution[:-1].T, solution[-1])

@@ -23,7 +23,7 @@ class Gram:
         self.xy = torch.zeros(features + 1, targets, dtype=torch.float64)
         self.yy = torch.zeros(targets, dtype=torch.float64)
         self.y = torch.zeros(targets, dtype=torch.float64)
-        self.rows = 0
+        self.rows = 0.0
 
     def update(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add rows: x (rows, F), y (rows, T)."""
@@ -37,6 +37,12 @@ class Gram:
         self.yy += y.square().sum(0)
         self.y += y.sum(0)
         self.rows += len(x)
+
+    def fade(self, share: float) -> None:
+        """Let the rows so far count for this share of what they did."""
+        for total in (self.xx, self.xy, self.yy, self.y):
+            total *= share
+        self.rows *= share
 
     def error(self, solution: torch.Tensor) -> float:
         """Return the sum of squared errors of a solution (F + 1, T) on these rows."""
@@ -62,30 +68,40 @@ class Solution:
     penalty: float
 
 
+def ridge(
+    gram: Gram, penalty: float, *, bias: bool = True, start: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """Return the ridge solution (F + 1, T) for a penalty relative to the mean squared feature; None if none is finite.
+
+    Without `bias` the map goes through the origin, for layers that have none. With `start` (F + 1, T) the penalty
+    is on the change of that solution, not on its size.
+    """
+    solution = torch.zeros_like(gram.xy) if start is None else start.clone()
+    missing = gram.xy - gram.xx @ solution
+    used = len(gram.xx) if bias else len(gram.xx) - 1
+    features = len(gram.xx) - 1
+    size = float(gram.xx.diagonal()[:features].mean()) if features else 1.0
+    weights = torch.full((features + 1,), penalty * size, dtype=torch.float64)
+    weights[-1] = 1e-9 * gram.rows  # the bias is not shrunk
+    factor, info = torch.linalg.cholesky_ex((gram.xx + weights.diag())[:used, :used])
+    if int(info) != 0:
+        return None
+    solution[:used] += torch.cholesky_solve(missing[:used], factor)
+    return solution if torch.isfinite(solution).all() else None
+
+
 def solve(
     train: Gram, held_out: Gram, *, bias: bool = True, start: torch.Tensor | None = None
 ) -> Solution | None:
     """Return the ridge solution whose penalty does best on the held-out rows; None if none is finite.
 
-    Without `bias` the map goes through the origin, for layers that have none. With `start` (F + 1, T) the
-    penalty is on the change of that solution, not on its size.
+    `bias` and `start` are those of `ridge`.
     """
-    begin = torch.zeros_like(train.xy) if start is None else start
-    missing = train.xy - train.xx @ begin
-    used = len(train.xx) if bias else len(train.xx) - 1
-    features = len(train.xx) - 1
-    size = float(train.xx.diagonal()[:features].mean()) if features else 1.0
     penalties = PENALTIES if start is None else PENALTIES + STRONGER
 
     def solution_of(number: int) -> Solution | None:
-        ridge = torch.full((features + 1,), penalties[number] * size, dtype=torch.float64)
-        ridge[-1] = 1e-9 * train.rows  # the bias is not shrunk
-        factor, info = torch.linalg.cholesky_ex((train.xx + ridge.diag())[:used, :used])
-        if int(info) != 0:
-            return None
-        solution = begin.clone()
-        solution[:used] += torch.cholesky_solve(missing[:used], factor)
-        if not torch.isfinite(solution).all():
+        solution = ridge(train, penalties[number], bias=bias, start=start)
+        if solution is None:
             return None
         return Solution(
             weight=solution[:-1].T.float().contiguous(),

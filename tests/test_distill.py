@@ -13,8 +13,8 @@ from mixerzoo.capture import capture
 from mixerzoo.distill import Recipe, distill, take_steps
 from mixerzoo.errors import MixerzooError
 from mixerzoo.objectives import OBJECTIVES, token_cosine
-from mixerzoo.pairs import evaluate, held_out_objective, held_out_rows
-from mixerzoo.readout import solve_readout
+from mixerzoo.pairs import batches, evaluate, held_out_objective, held_out_rows
+from mixerzoo.readout import SOLVED_EVERY, FeatureTap, RunningReadout, solve_readout
 from mixerzoo.registry import get_registry
 from mixerzoo.ridge import solve
 
@@ -366,6 +366,31 @@ def test_steps_help(at):
     trained = distill(AFFINE, 1.0, *at, Recipe(steps=40, lr=1e-2))
     assert trained.nmse < 0.98 * solved.nmse
     assert 0 < trained.steps <= 40
+
+
+def test_the_readout_follows_the_steps(at):
+    _, kept = at
+    torch.manual_seed(0)
+    mixer = Affine(24)
+    running = RunningReadout(mixer.readout)
+    _, held_out = held_out_rows(IMAGES)
+    with FeatureTap(mixer.readout) as tap:
+        for x, y in batches(kept, slice(0, held_out.start)):
+            for _ in range(SOLVED_EVERY):
+                mixer(x)
+                running.update(tap.features(), y)
+    followed = evaluate(mixer, kept)
+    _, solved = solve_readout(mixer, "readout", kept)
+    assert followed == pytest.approx(solved, rel=0.1)
+
+
+def test_a_readout_is_not_solved_on_a_few_rows():
+    layer = nn.Linear(50, 4)
+    before = layer.weight.clone()
+    running = RunningReadout(layer)
+    for _ in range(3 * SOLVED_EVERY):
+        running.update(torch.randn(5, 50), torch.randn(1, 5, 4))
+    assert torch.equal(layer.weight, before)
 
 
 def test_steps_can_be_for_the_cosine_along_the_tokens(at):

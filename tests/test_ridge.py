@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixerzoo.ridge import PENALTIES, Gram, solve
+from mixerzoo.ridge import PENALTIES, Gram, ridge, solve
 
 
 def rows(count, features=5, targets=3, *, noise=0.1, seed=0, shift=0.5):
@@ -112,6 +112,16 @@ def test_noisy_features_want_a_larger_penalty():
     ]
     assert found.nmse == pytest.approx(min(errors), rel=1e-3)
     assert found.penalty == PENALTIES[int(np.argmin(errors))]
+
+
+def test_faded_rows_count_for_less():
+    old, new = rows(200, noise=0), rows(200, seed=1, noise=0)
+    gram = gram_of(old[0], old[1] + 10)
+    gram.fade(1e-6)
+    gram.update(*new)
+    solution = ridge(gram, 1e-6)
+    assert gram.rows == pytest.approx(200, rel=1e-3)
+    assert nmse(*new, solution[:-1].T, solution[-1]) < 1e-4
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3, 3.0, 30.0])
