@@ -12,7 +12,7 @@ from mixerzoo import MixerSpec, hookimpl
 from mixerzoo.capture import capture
 from mixerzoo.data import image_batches
 from mixerzoo.distill import Recipe, distill
-from mixerzoo.hosts import Replacement, as_teacher, assemble, run_stages
+from mixerzoo.hosts import Replacement, as_teacher, assemble, fingerprint, run_stages
 from mixerzoo.hosts.timm_vit import TimmVitHost
 from mixerzoo.opening import open_data, open_teacher
 from mixerzoo.pairs import held_out_rows
@@ -56,11 +56,11 @@ def stitched(teacher, names, batches=None):
 
 
 @torch.inference_mode()
-def drift(teacher, modules, batches):
-    """Return the relative error of the student's hidden state behind the last block."""
-    stages, others = (
-        teacher.host.stages(model)[:-1] for model in (teacher.model, assemble(teacher.model, modules))
-    )
+def drift(teacher, student, batches):
+    """Return the relative error of a student's hidden state behind the last block."""
+    if isinstance(student, dict):
+        student = assemble(teacher.model, student)
+    stages, others = (teacher.host.stages(model)[:-1] for model in (teacher.model, student))
     x = torch.cat(batches)
     true, given = run_stages(stages, x), run_stages(others, x)
     return float((given - true).square().sum() / (true - true.mean((0, 1))).square().sum())
@@ -87,8 +87,7 @@ def test_a_refitted_student_is_closer_to_its_teacher(options, mixer):
     names = {site.name: mixer for site in attention_sites(teacher)}
     modules = stitched(teacher, names)
     before = drift(teacher, modules, held_out())
-    refit(teacher, modules, names, calibration())
-    after = drift(teacher, modules, held_out())
+    after = drift(teacher, refit(teacher, modules, names, calibration()), held_out())
     assert after < before
 
 
@@ -98,8 +97,8 @@ def test_with_narrower_mlps_too(options):
     names = {site.name: "static" if site.kind == "attention" else "mlp_slice" for site in teacher.sites}
     modules = stitched(teacher, names)
     before = drift(teacher, modules, held_out())
-    refit(teacher, modules, names, calibration())
-    assert drift(teacher, modules, held_out()) < before
+    student = refit(teacher, modules, names, calibration())
+    assert drift(teacher, student, held_out()) < before
 
 
 def test_the_loss_of_a_trained_teacher_falls():
@@ -112,8 +111,7 @@ def test_the_loss_of_a_trained_teacher_falls():
     modules = stitched(teacher, names, batches)
     the_judge = Judge(teacher, others, None)
     before = the_judge.evaluate_modules(modules)
-    refit(teacher, modules, names, batches)
-    after = the_judge.evaluate_modules(modules)
+    after = the_judge.evaluate(refit(teacher, modules, names, batches))
     assert after.loss < 0.9 * before.loss
     assert after.agreement > before.agreement
 
@@ -124,8 +122,8 @@ def test_a_site_corrects_the_drift_before_it():
     names = {first.name: "none", last.name: "mlp_slice"}
     modules = stitched(teacher, names)
     alone = drift(teacher, {first.name: modules[first.name]}, held_out())
-    refit(teacher, modules, names, calibration())
-    assert drift(teacher, modules, held_out()) < alone
+    student = refit(teacher, modules, names, calibration())
+    assert drift(teacher, student, held_out()) < alone
 
 
 def test_sites_without_a_readout_are_left_alone():
@@ -196,8 +194,8 @@ def test_linear_mixers_are_exact_where_the_attention_is_linear(options):
     names = {site.name: "linear" for site in attention_sites(teacher)}
     modules = {site.name: make_replacement(Candidate("linear"), site) for site in attention_sites(teacher)}
     assert drift(teacher, modules, held_out()) > 0.1
-    refit(teacher, modules, names, calibration())
-    assert drift(teacher, modules, held_out()) < 1e-6
+    student = refit(teacher, modules, names, calibration())
+    assert drift(teacher, student, held_out()) < 1e-6
 
 
 class _OnlyItself(nn.Module):
@@ -213,8 +211,6 @@ class _LinearHost(TimmVitHost):
 
 
 def test_the_teacher_is_left_alone_and_hooks_are_gone():
-    from mixerzoo.hosts import fingerprint
-
     teacher = tiny.tiny_teacher()
     names = {site.name: "static" for site in attention_sites(teacher)}
     modules = stitched(teacher, names)
@@ -237,8 +233,8 @@ def test_a_few_batches_do(count):
     names = {site.name: "linear" for site in attention_sites(teacher)}
     modules = stitched(teacher, names)
     before = drift(teacher, modules, held_out())
-    refit(teacher, modules, names, tiny.tiny_batches(64 * count, batch_size=64))
-    assert drift(teacher, modules, held_out()) < before
+    student = refit(teacher, modules, names, tiny.tiny_batches(64 * count, batch_size=64))
+    assert drift(teacher, student, held_out()) < before
 
 
 @pytest.mark.parametrize("count", [2, 5])
@@ -257,7 +253,7 @@ def test_the_last_fifth_of_the_images_chooses_the_penalty(count, monkeypatch):
     site = teacher.sites[0]
     modules = {site.name: make_replacement(Candidate("linear"), site)}
     refit(teacher, modules, {site.name: "linear"}, tiny.tiny_batches(5 * count, batch_size=4))
-    assert grams == [(17 * 4 * count, 17 * count)]
+    assert grams == [(17 * 4 * count, 17 * count)] * 3  # and two MLPs
 
 
 def test_too_few_images_do_no_harm():
@@ -270,8 +266,8 @@ def test_too_few_images_do_no_harm():
         site, mlp = teacher.site(name), teacher.model.get_submodule(name)
         modules[name] = Replacement(spec.make(site, 1.0).eval().requires_grad_(False), site, masks=True)
         modules[name].mixer.load_state_dict(mlp.state_dict())  # nothing is left to be gained
-    refit(teacher, modules, names, tiny.tiny_batches(3, batch_size=1))
-    assert drift(teacher, modules, held_out()) < 1e-4
+    student = refit(teacher, modules, names, tiny.tiny_batches(3, batch_size=1))
+    assert drift(teacher, student, held_out()) < 1e-4
 
 
 def test_a_readout_without_a_bias():
@@ -293,8 +289,8 @@ def test_a_readout_without_a_bias():
         names = {site.name: "no_bias" for site in attention_sites(teacher)}
         modules = stitched(teacher, names)
         before = drift(teacher, modules, held_out())
-        refit(teacher, modules, names, calibration())
-        assert drift(teacher, modules, held_out()) < before
+        student = refit(teacher, modules, names, calibration())
+        assert drift(teacher, student, held_out()) < before
 
 
 def watched(model, site, x):
@@ -315,16 +311,22 @@ def watched(model, site, x):
 
 
 @torch.no_grad()
-def slow_refit(teacher, modules, names, x):
+def slow_refit(teacher, modules, names, x, *, kept):
     """Refit as the mathematics have it: whole models for every site, targets over the gain, one solve a penalty."""
     train, held_out = (rows for rows in held_out_rows(len(x)))
+    student = copy.deepcopy(assemble(teacher.model, modules))
+    first = min(teacher.site(name).index for name in names)
     for site in teacher.sites:
-        if site.name not in names:
+        mixer = student.get_submodule(site.name)
+        if site.name in names:
+            mixer = mixer.mixer
+            layer = mixer.get_submodule(get_registry().mixers.get(names[site.name]).readout)
+        elif kept and site.index > first and site.kind == "mlp":
+            layer = mixer.fc2
+        else:
             continue
-        mixer = modules[site.name].mixer
-        layer = mixer.get_submodule(get_registry().mixers.get(names[site.name]).readout)
         true, _, wanted = watched(teacher.model, site, x)
-        given, into, _ = watched(assemble(teacher.model, modules), site, x)
+        given, into, _ = watched(student, site, x)
         gain = 1 if site.scale is None else teacher.model.get_submodule(site.scale).gamma
         target = ((true + gain * wanted - given) / gain).double()
         with FeatureTap(layer) as tap:
@@ -345,22 +347,22 @@ def slow_refit(teacher, modules, names, x):
         best = solutions[errors.index(min(errors))].float()
         layer.weight.copy_(best[:-1].T)
         layer.bias.copy_(best[-1])
+    return student
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "alone"])
 @pytest.mark.parametrize("options", TEACHERS.values(), ids=TEACHERS)
 @pytest.mark.parametrize("kinds", [("attention",), ("mlp",), ("attention", "mlp")], ids="+".join)
-def test_it_is_what_the_slow_way_gives(options, kinds):
+def test_it_is_what_the_slow_way_gives(options, kinds, kept):
     teacher = tiny.tiny_teacher(**options)
     mixers = {"attention": "static", "mlp": "mlp_slice"}
     names = {site.name: mixers[site.kind] for site in teacher.sites if site.kind in kinds}
     modules, others = stitched(teacher, names), stitched(teacher, names)
-    refit(teacher, modules, names, calibration())
-    slow_refit(teacher, others, names, torch.cat(calibration()))
+    student = refit(teacher, modules, names, calibration(), kept=kept)
+    other = slow_refit(teacher, others, names, torch.cat(calibration()), kept=kept)
     x = torch.cat(held_out())
     with torch.no_grad():
-        torch.testing.assert_close(
-            assemble(teacher.model, modules)(x), assemble(teacher.model, others)(x), rtol=1e-3, atol=1e-3
-        )
+        torch.testing.assert_close(student(x), other(x), rtol=1e-3, atol=1e-3)
 
 
 def count_images(model):
@@ -381,12 +383,55 @@ def test_no_more_is_run_than_has_to_be():
     names = {site.name: "linear" for site in attention_sites(teacher)[1:3]}
     modules = stitched(teacher, names)
     counts = count_images(teacher.model)
-    refit(teacher, modules, names, calibration())
+    refit(teacher, modules, names, calibration(), kept=False)
     # The stages before the first site are the teacher's, and nothing behind the last site is needed.
     assert counts["patch_embed"] == counts["blocks.0.mlp"] == IMAGES
     assert counts["blocks.1.attn"] == counts["blocks.2.attn"] == IMAGES
     assert counts["blocks.1.mlp"] == 2 * IMAGES  # of the teacher, and of the student on its way on
     assert counts["blocks.2.mlp"] == counts["blocks.3.attn"] == counts["head"] == 0
+
+
+def test_the_teacher_runs_once_where_kept_modules_are_refitted_too():
+    teacher = tiny.tiny_teacher(depth=4)
+    name = attention_sites(teacher)[1].name
+    modules = stitched(teacher, {name: "linear"})
+    counts = count_images(teacher.model)
+    refit(teacher, modules, {name: "linear"}, calibration())
+    assert counts["patch_embed"] == counts["blocks.0.mlp"] == counts["blocks.1.attn"] == IMAGES
+    assert counts["head"] == 0
+
+
+@pytest.mark.parametrize("mixer", ["none", "pool"])
+def test_kept_mlps_behind_a_replaced_site_are_corrected_and_no_others(mixer):
+    teacher = tiny.tiny_teacher(depth=3, init_values=0.3)
+    name = attention_sites(teacher)[1].name
+    modules = {name: make_replacement(Candidate(mixer), teacher.site(name))}
+    before = drift(teacher, modules, held_out())
+    alone = drift(teacher, refit(teacher, modules, {name: mixer}, calibration(), kept=False), held_out())
+    student = refit(teacher, modules, {name: mixer}, calibration())
+    assert drift(teacher, student, held_out()) < alone <= before
+    true, given = teacher.model.state_dict(), student.state_dict()
+    layers = ("blocks.1.mlp.fc2", "blocks.2.mlp.fc2")
+    assert {key for key in true.keys() & given.keys() if not torch.equal(true[key], given[key])} == {
+        f"{layer}.{part}" for layer in layers for part in ("weight", "bias")
+    }
+    for layer in layers:  # a student goes on to share all else
+        assert student.get_submodule(layer).weight is not teacher.model.get_submodule(layer).weight
+    assert student.blocks[2].mlp.fc1.weight is teacher.model.blocks[2].mlp.fc1.weight
+    assert not any(parameter.requires_grad for parameter in student.parameters())
+
+
+def test_modules_whose_last_layer_the_host_cannot_name_are_left_alone():
+    class Wordless(TimmVitHost):
+        def output_layer(self, module, site):
+            return None
+
+    teacher = as_teacher(tiny.tiny_vit(), Wordless(), name="wordless")
+    name = teacher.sites[0].name
+    modules = stitched(teacher, {name: "pool"})
+    student = refit(teacher, modules, {name: "pool"}, calibration())
+    true, given = teacher.model.state_dict(), student.state_dict()
+    assert all(torch.equal(true[key], given[key]) for key in true.keys() & given.keys())
 
 
 class Curved(nn.Module):
@@ -437,8 +482,8 @@ def test_steps_go_on_where_the_closed_form_ends(options, mixer):
         teacher = tiny.tiny_teacher(**options)
         names = {site.name: mixer for site in attention_sites(teacher)}
         closed, stepped = stitched(teacher, names), stitched(teacher, names)
-        refit(teacher, closed, names, calibration())
-        refit(teacher, stepped, names, calibration(), steps=200)
+        refit(teacher, closed, names, calibration(), kept=False)
+        refit(teacher, stepped, names, calibration(), kept=False, steps=200)
     assert drift(teacher, stepped, held_out()) < 0.95 * drift(teacher, closed, held_out())
     for module in stepped.values():
         assert not any(parameter.requires_grad for parameter in module.parameters())
@@ -452,7 +497,7 @@ def test_steps_are_the_same_for_the_same_seed_and_leave_the_generator_alone():
         made = [stitched(teacher, names) for _ in range(3)]
         before = torch.random.get_rng_state()
         for seed, modules in zip((0, 0, 1), made, strict=True):
-            refit(teacher, modules, names, calibration(), steps=5, seed=seed)
+            refit(teacher, modules, names, calibration(), kept=False, steps=5, seed=seed)
         assert torch.equal(torch.random.get_rng_state(), before)
         one, same, other = map(states, made)
     assert changed(one, same) == set()
@@ -466,8 +511,22 @@ def test_a_mixer_that_is_not_finite_here_stays_as_it_was(monkeypatch):
         modules = stitched(teacher, names)
         before = states(modules)
         monkeypatch.setattr(Spoilt, "spoilt", True)
-        refit(teacher, modules, names, calibration(), steps=3)
+        student = refit(teacher, modules, names, calibration(), steps=3)
         assert changed(before, states(modules)) == set()
+        true, given = teacher.model.state_dict(), student.state_dict()
+        assert all(torch.equal(true[key], given[key]) for key in true.keys() & given.keys())
+
+
+def test_steps_train_no_kept_module():
+    with curved():
+        teacher = tiny.tiny_teacher()
+        name = attention_sites(teacher)[0].name
+        student = refit(
+            teacher, stitched(teacher, {name: "curved"}), {name: "curved"}, calibration(), steps=5
+        )
+        assert fingerprint(teacher.model) == teacher.fingerprint
+        assert student.blocks[0].mlp.fc1.weight is teacher.model.blocks[0].mlp.fc1.weight
+        assert not torch.equal(student.blocks[0].mlp.fc2.weight, teacher.model.blocks[0].mlp.fc2.weight)
 
 
 @pytest.mark.parametrize("tiny_gain", [0.0, 1e-9, 1e-5, -1e-5])
@@ -481,8 +540,8 @@ def test_a_gain_near_nothing_does_no_harm(tiny_gain):
     names = {site.name: "static" if site.kind == "attention" else "mlp_slice" for site in teacher.sites}
     modules = stitched(teacher, names)
     before, was = drift(teacher, modules, held_out()), states(modules)
-    refit(teacher, modules, names, calibration(), steps=3)
-    assert drift(teacher, modules, held_out()) < before
+    student = refit(teacher, modules, names, calibration())
+    assert drift(teacher, student, held_out()) < before
     for name in (site.name for site in attention_sites(teacher)):
         readout = modules[name].mixer.readout
         assert readout.weight.abs().max() < 1e2
@@ -500,18 +559,19 @@ def test_one_image_changes_nothing():
 
 
 def test_large_activations_are_kept_in_bfloat16(monkeypatch):
-    from mixerzoo import refit as module
+    from mixerzoo import sides
 
-    monkeypatch.setattr(module, "LARGE", 0)
+    monkeypatch.setattr(sides, "LARGE", 0)
     teacher = tiny.tiny_teacher()
     names = {site.name: "static" for site in attention_sites(teacher)}
     modules = stitched(teacher, names)
     before = drift(teacher, modules, held_out())
-    refit(teacher, modules, names, calibration(), steps=2)
-    assert drift(teacher, modules, held_out()) < before
+    student = refit(teacher, modules, names, calibration())
+    assert drift(teacher, student, held_out()) < before
 
 
-def test_a_student_whose_other_weights_have_changed():
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_student_whose_other_weights_have_changed(kept):
     teacher = tiny.tiny_teacher()
     names = {site.name: "static" for site in attention_sites(teacher)}
     student = copy.deepcopy(assemble(teacher.model, stitched(teacher, names)))
@@ -522,9 +582,22 @@ def test_a_student_whose_other_weights_have_changed():
     x = torch.cat(held_out())
     with torch.no_grad():
         before = (student(x) - teacher.model(x)).square().mean()
-        refit_student(teacher, student, names, calibration())
+        refit_student(teacher, student, names, calibration(), kept=kept)
         assert (student(x) - teacher.model(x)).square().mean() < before
     after = student.state_dict()
+    mlps = [f"blocks.{number}.mlp.fc2.{part}" for number in (0, 1) for part in ("weight", "bias")]
     assert {name for name in others if not torch.equal(others[name], after[name])} == {
-        f"{name}.mixer.readout.{part}" for name in names for part in ("weight", "bias")
+        *(f"{name}.mixer.readout.{part}" for name in names for part in ("weight", "bias")),
+        *(mlps if kept else ()),
     }
+
+
+@pytest.mark.parametrize("options", TEACHERS.values(), ids=TEACHERS)
+def test_the_host_names_the_layer_that_a_module_ends_in(options):
+    teacher = tiny.tiny_teacher(**options)
+    for site in teacher.sites:
+        module = teacher.model.get_submodule(site.name)
+        layer = module.get_submodule(teacher.host.output_layer(module, site))
+        x = torch.randn(2, site.tokens, site.dim)
+        with FeatureTap(layer) as tap, torch.no_grad():
+            torch.testing.assert_close(module(x), layer(tap.features()).reshape(x.shape))

@@ -1,5 +1,6 @@
 """`mixerzoo refit`: never worse, written whole or not at all, and one line for whatever it cannot do."""
 
+import copy
 import json
 import os
 import shutil
@@ -94,7 +95,7 @@ def library_plan(here):
 
 def test_the_best_student_is_refitted_and_never_worse(here):
     before = weights(here / "run" / "best")
-    told = run("run", "--steps", "5")
+    told = run("run", "--minutes", "0.01")
     assert told.exit_code == 0, told.stderr
     result = written(here / "run" / "refit")
     assert same(weights(here / "run" / "best"), before)
@@ -103,7 +104,7 @@ def test_the_best_student_is_refitted_and_never_worse(here):
     better = validation["after"]["loss"] < validation["before"]["loss"]
     assert result["kept"] == ("after" if better else "before")
     assert same(after, before) is not better
-    assert result["steps"] == 5
+    assert result["minutes"] == 0.01
     summary = json.loads((here / "run" / "summary.json").read_text())
     assert result["test"]["before"]["loss"] == pytest.approx(summary["best"]["loss"], abs=1e-6)
     plan = json.loads((here / "run" / "refit" / "plan.json").read_text())
@@ -157,6 +158,40 @@ def test_a_refit_that_does_not_help_is_undone_and_said(here, monkeypatch):
     assert "kept as it was" in told.stdout
     assert same(weights(here / "run" / "refit"), weights(here / "good"))
     assert written(here / "run" / "refit")["kept"] == "before"
+
+
+def test_gradient_steps_go_on_where_the_closed_form_ends(here, monkeypatch):
+    library_plan(here)
+    given = []
+
+    def finetune(teacher, student, images, *, seconds, evaluate, seed, on_progress):
+        given.append((seconds, evaluate(student), sum(map(len, images))))
+        with torch.no_grad():
+            better = copy.deepcopy(student)
+            better.head.weight.mul_(1.0 + 1e-3)
+        return better, 0.0
+
+    assert run("run", "--plan", "plan.json", "--out", "closed").exit_code == 0
+    monkeypatch.setattr(refit_command, "finetune", finetune)
+    assert run("run", "--plan", "plan.json", "--minutes", "2").exit_code == 0
+    closed, stepped = written(here / "closed"), written(here / "run" / "refit")
+    assert given == [
+        (120.0, pytest.approx(closed["validation"]["after"]["loss"], abs=1e-6), closed["images"])
+    ]
+    assert stepped["kept"] == "after"
+    head = weights(here / "run" / "refit")["head.weight"]
+    torch.testing.assert_close(head, weights(here / "closed")["head.weight"] * (1 + 1e-3))
+
+
+def test_the_kept_modules_that_were_solved_again_are_in_the_folder(here):
+    plan = {"blocks.0.attn": "linear@1"}
+    (here / "plan.json").write_text(json.dumps(plan))
+    assert run("run", "--plan", "plan.json").exit_code == 0
+    assert written(here / "run" / "refit")["kept"] == "after"
+    teacher, state = open_teacher("tiny").model.state_dict(), weights(here / "run" / "refit")
+    moved = {key for key in teacher.keys() & state.keys() if not torch.equal(teacher[key], state[key])}
+    assert {"blocks.0.mlp.fc2.weight", "blocks.1.mlp.fc2.weight"} <= moved
+    assert all(key.rpartition(".")[0].endswith("mlp.fc2") for key in moved)
 
 
 def test_mlflow_has_a_child_of_the_run(here):
@@ -228,7 +263,8 @@ WRONG = {
     "no best": (no_best, ["run"], ["no best student", "--plan"]),
     "other data": (other_data, ["run"], ["data 'data.npz'", "no longer"]),
     "missing plugin": (missing_plugin, ["run"], ["needs mixer 'theirs' of mixerzoo-theirs 1.2; install"]),
-    "steps": (None, ["run", "--steps", "-1"], ["--steps -1"]),
+    "minutes": (None, ["run", "--minutes", "-1"], ["--minutes -1"]),
+    "endless": (None, ["run", "--minutes", "inf"], ["--minutes inf"]),
     "images": (None, ["run", "--images", "3"], ["--images 3", "at least 20"]),
     "no such plan": (None, ["run", "--plan", "x.json"], ["x.json", "no such file"]),
     "no plan": (plan_of("[1]"), ["run", "--plan", "plan.json"], ["not a plan"]),

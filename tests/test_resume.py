@@ -135,8 +135,10 @@ def kept(folder):
             found |= {
                 f"latency {site} {candidate}": ms for site, row in rows for candidate, ms in row.items()
             }
-        elif name in ("latency_check.json", "statistics.json", "stepped.json"):
+        elif name in ("latency_check.json", "statistics.json"):
             found[name] = content
+        elif name == "stepped.json":  # grows round by round
+            found |= {f"stepped {at}": pair for at, pair in enumerate(content["chosen"])}
         elif name == "run.json":
             found["identity"] = content["identity"]
             found["teacher_ms"] = content["teacher_ms"]

@@ -15,6 +15,7 @@ from mixerzoo.errors import MixerzooError
 from mixerzoo.files import read_json, write_json
 from mixerzoo.hosts import as_teacher, assemble, fingerprint
 from mixerzoo.hosts.timm_vit import TimmVitHost, _timm
+from mixerzoo.opening import open_teacher
 from mixerzoo.plan import Candidate, Plan
 from mixerzoo.registry import get_registry, temporary_plugin
 from mixerzoo.student import (
@@ -116,7 +117,7 @@ def test_a_plan_that_keeps_everything_is_the_teacher(named, tmp_path):
 
 
 def test_the_embedded_teacher_s_students_need_nothing_else(tmp_path):
-    teacher = mixerzoo.opening.open_teacher("digits_vit")
+    teacher = open_teacher("digits_vit")
     student = student_of(teacher, {"blocks.3.attn": Candidate("pool")})
     save_student(tmp_path, student, teacher)
     assert torch.equal(outputs(load(tmp_path), (1, 32, 32)), outputs(student.model, (1, 32, 32)))

@@ -70,6 +70,9 @@ class Host(Protocol):
     def weights(self, module: nn.Module, site: Site) -> dict[str, torch.Tensor]:
         """Return copies of the weight fields of AttentionView or MlpView, by field name."""
 
+    def output_layer(self, module: nn.Module, site: Site) -> str | None:
+        """Return the path of the linear layer whose output is the module's, or None if there is none."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:

@@ -210,6 +210,11 @@ class TimmVitHost:
             found |= {f"{letter}_weight": w.clone(), f"{letter}_bias": b.clone()}
         return found
 
+    def output_layer(self, module: nn.Module, site: Site) -> str | None:
+        """Return the module's last linear layer: `fc2` of an MLP, `proj` of attention."""
+        name = "fc2" if site.kind == "mlp" else "proj"
+        return name if isinstance(getattr(module, name, None), nn.Linear) else None
+
     def _misbehaves(self, module: nn.Module, kind: Kind, call: _Call) -> str | None:
         """Return why the module's output is not what its weights say, or None."""
         m: Any = module

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -76,9 +77,13 @@ class Context:
 
     @property
     def stepped(self) -> list[tuple[str, Candidate]] | None:
-        """The candidates that were chosen for gradient steps; None before they are."""
-        stored: list[list[str]] | None = self.run.load("stepped")
-        return None if stored is None else [(site, Candidate.parse(text)) for site, text in stored]
+        """The candidates whose gradient steps count so far; None before any is chosen for them."""
+        stored: dict[str, Any] | None = self.run.load("stepped")
+        if stored is None:
+            return None
+        return [
+            (site, Candidate.parse(c)) for site, c in stored["chosen"] if [site, c] not in stored["worse"]
+        ]
 
     @cached_property
     def captured(self) -> Capture:
@@ -86,7 +91,14 @@ class Context:
         with ExitStack() as stack:
             stack.enter_context(self.run.timed("capture"))
             report = stack.enter_context(self.reporter.phase("teacher's activations", len(self.calibration)))
-            captured = capture(self.teacher, self.calibration_batches, len(self.calibration), on_batch=report)
+            captured = capture(
+                self.teacher,
+                # Prepared as they are needed: the images themselves shall not add to the activations.
+                image_batches(self.data, self.calibration, self.teacher.image),
+                len(self.calibration),
+                memory_limit_gb=self.settings.memory_limit,
+                on_batch=report,
+            )
         self.run.store("statistics", captured.statistics)
         return captured
 

@@ -104,8 +104,7 @@ def _refitted(context: Context, result: PlanResult, model: AdditiveModel) -> Fin
     batches = context.calibration_batches
     enough = max(2, -(-REFIT_TOKENS // (teacher.sites[0].tokens * len(batches[0]))))
     with context.reporter.phase("sequential refit", len(teacher.sites)) as report:
-        refit(teacher, modules, mixers, batches[:enough], on_site=report)
-    student = assemble(teacher.model, modules)
+        student = refit(teacher, modules, mixers, batches[:enough], on_site=report)
     finalist = Finalist(
         result=evaluator.evaluate_student(result.plan, student, model, source="refit"), student=student
     )

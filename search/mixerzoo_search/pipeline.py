@@ -157,7 +157,12 @@ def _run_phases(context: Context, candidates: Candidates, journal: Journal, stor
     for result in outcome.results:
         journal.log(result)
     return Findings(
-        candidates=candidates, line=line, latency_quality=quality, results=results, outcome=outcome
+        candidates=candidates,
+        line=line,
+        latency_quality=quality,
+        results=results,
+        outcome=outcome,
+        prior=scored.prior_table,
     )
 
 

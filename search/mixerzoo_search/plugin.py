@@ -1,4 +1,4 @@
-"""mixerzoo_search's plugin: adds `search`, `refit` and `profile`. Heavy imports wait until a command runs."""
+"""mixerzoo_search's plugin: its commands. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,17 @@ from mixerzoo.hookspecs import hookimpl
 
 @hookimpl
 def register_commands(cli: click.Group) -> None:
-    """Add `search`, `refit` and `profile`."""
+    """Add `search`, `distill`, `refit`, `profile` and `study`."""
+    # These take options from here.
+    from mixerzoo_search.distill_command import distill_command
+    from mixerzoo_search.profile.command import profile_command
+    from mixerzoo_search.sparsity.command import study_group
+
     cli.add_command(search_command)
+    cli.add_command(distill_command)
     cli.add_command(refit_command)
     cli.add_command(profile_command)
+    cli.add_command(study_group)
 
 
 def common_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -35,6 +42,14 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--device", default="cpu", show_default=True, help="On which latency is measured."),
         click.option("--threads", type=int, help="At which latency is measured.  [default: all cores]"),
         click.option("--batch-size", default=1, show_default=True, help="At which latency is measured."),
+    ):
+        command = option(command)
+    return teacher_options(command)
+
+
+def teacher_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that name the teacher and the data."""
+    for option in (
         click.option(
             "--data", default="digits", show_default=True, help="digits, a folder of images, or an .npz file."
         ),
@@ -47,6 +62,17 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
     ):
         command = option(command)
     return command
+
+
+def memory_option(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the option that limits the memory of the teacher's activations."""
+    return click.option(
+        "--memory-limit",
+        default=4.0,
+        metavar="GIB",
+        show_default=True,
+        help="Activations above this are kept in files.",
+    )(command)
 
 
 @click.command("search")
@@ -62,8 +88,14 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
     "--distill-steps", default=60, show_default=True, help="Gradient steps of a promising candidate."
 )
 @click.option(
+    "--distill-minutes",
+    type=float,
+    help="Most minutes of those steps, in all.  [default: at most 1.5 candidates a site get steps]",
+)
+@click.option(
     "--finetune-minutes", default=1.0, show_default=True, help="Distillation of the best plans as a whole."
 )
+@memory_option
 @click.option("--seed", default=0, show_default=True, help="Of everything random.")
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Run directory.  [default: runs/<model>-<budget>]"
@@ -124,7 +156,10 @@ def search_command(**options: Any) -> None:
     help="A plan of this run's candidates, or the folder of a student.  [default: RUN/best]",
 )
 @click.option(
-    "--steps", default=0, show_default=True, help="Gradient steps at each site after the closed form."
+    "--minutes",
+    default=0.0,
+    show_default=True,
+    help="Time for gradient steps after it, on all weights together.",
 )
 @click.option("--images", type=int, help="Images to refit on.  [default: the run's, up to 65,536 tokens]")
 @click.option(
@@ -133,66 +168,17 @@ def search_command(**options: Any) -> None:
 @click.option("--tracking-uri", help="MLflow.  [default: mlflow.db in the working directory]")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def refit_command(run: Path, quiet: bool, **options: Any) -> None:
-    """Refit the best student of the finished search in RUN, site by site.
+    """Refit the best student of the finished search in RUN, site by site, in closed form.
 
-    Each site sees what the student really feeds it, and corrects the drift of those before it. The better of
-    both students by validation loss is written; its latency stays what it was.
+    Each site sees what the student really feeds it, and corrects the drift of those before it; so do the
+    teacher's own MLPs that the student keeps. The better of both students by validation loss is written;
+    its latency stays what it was.
     """
     from mixerzoo.progress import Reporter
     from mixerzoo_search.refit_command import closing_lines, refit_run
 
     found = refit_run(run, reporter=Reporter(quiet=quiet), **options)
     click.echo("\n".join(closing_lines(found)))
-
-
-@click.command("profile")
-@common_options
-@click.option("--images", default=256, show_default=True, help="Images that the statistics are taken on.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder.  [default: profiles/<model>]")
-@click.option("--quiet", is_flag=True, help="No progress.")
-def profile_command(
-    model: str,
-    checkpoint: Path | None,
-    data: str,
-    images: int,
-    out: Path | None,
-    quiet: bool,
-    **measured: Any,
-) -> None:
-    """Draw the attention statistics and the latency of every site."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from mixerzoo.errors import MixerzooError
-    from mixerzoo.latency import Conditions, check_device, default_threads
-    from mixerzoo.opening import open_data, open_teacher
-    from mixerzoo.progress import Reporter
-    from mixerzoo_search.profile import profile, profile_table, write_profile
-
-    measured["threads"] = measured["threads"] if measured["threads"] is not None else default_threads()
-    for name, value in {"images": images, **measured}.items():
-        if isinstance(value, int) and value < 1:
-            raise MixerzooError(f"--{name.replace('_', '-')} {value}: give at least 1")
-    check_device(measured["device"], measured["dtype"])
-    teacher = open_teacher(model, checkpoint)
-    found = profile(
-        teacher,
-        open_data(data),
-        Conditions(**measured),
-        images=images,
-        reporter=Reporter(quiet=quiet),
-        command=command_line(),
-    )
-    folder = out or Path("profiles") / model.replace("/", "-")
-    write_profile(folder, found)
-    header, *rows = profile_table(found)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for number, name in enumerate(header):
-        table.add_column(name, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*row)
-    (Console() if sys.stdout.isatty() else Console(width=140)).print(table)
-    click.echo(f"\nprofile  {folder / 'profile.html'}")
 
 
 def command_line() -> str:

@@ -95,22 +95,21 @@ class Clue:
         """Return contribution^2 * NMSE, the damage expected without evidence, in units of its own."""
         return max(self.statistic("contribution") ** 2 * self.error(), _FLOOR)
 
-    def features(self) -> list[float]:
-        """Return what the regression corrects the expected damage by."""
+    def features(self) -> dict[str, float]:
+        """Return what the regression corrects the expected damage by, by name."""
         entropy = self.statistic("entropy")
-        mixing = self.mixing
-        return [
-            math.log(max(self.statistic("contribution"), 1e-6)),
-            math.log(self.error()),
-            entropy,
-            4.0 * entropy * (1.0 - entropy),
-            *(self.statistic(name) for name in ("tokens_90", "gini", "sink", "locality", "input_dependence")),
-            self.statistic("effective_rank"),
-            math.log(self.candidate.width),
-            float(self.nmse is None),
-            float(self.kind == "mlp"),
-            *(float(mixing == name) for name in ("none", "token", "static")),
-        ]
+        shape = ("tokens_90", "gini", "sink", "locality", "input_dependence", "effective_rank")
+        return {
+            "log_contribution": math.log(max(self.statistic("contribution"), 1e-6)),
+            "log_error": math.log(self.error()),
+            "entropy": entropy,
+            "entropy_in_the_middle": 4.0 * entropy * (1.0 - entropy),
+            **{name: self.statistic(name) for name in shape},
+            "log_width": math.log(self.candidate.width),
+            "error_is_a_guess": float(self.nmse is None),
+            "mlp": float(self.kind == "mlp"),
+            **{f"mixes_{name}": float(self.mixing == name) for name in ("none", "token", "static")},
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,11 +122,15 @@ class DamageForecast:
         spearman: rank agreement of predicted and measured damages, each predicted without its own score; 0.0
             with under three scores.
         scores: how many scores the prediction rests on.
+        expected: for each (site, candidate) but `keep`, contribution^2 * NMSE: what is predicted without any score.
+        fitted: likewise, the prediction with the scores, without its own where it has one; empty without scores.
     """
 
     damage: Mapping[tuple[str, Candidate], float]
     spearman: float
     scores: int
+    expected: Mapping[tuple[str, Candidate], float] = field(default_factory=dict)
+    fitted: Mapping[tuple[str, Candidate], float] = field(default_factory=dict)
 
 
 def predict_damage(
@@ -153,21 +156,33 @@ def predict_damage(
     log_expected = np.array([math.log(clue.expected_damage()) for clue in rows])
     measured = np.array([known.get(clue.key, math.nan) for clue in rows], dtype=float)
     seen = np.isfinite(measured)
-    log_damage, agreement = log_expected, 0.0
+    log_damage, log_fitted, agreement = log_expected, log_expected, 0.0
     if seen.any():
         # A score at or under 0 is one too small to be told from noise, not infinitely good.
         positive = measured[seen & (measured > 0)]
         least = float(positive.min()) if positive.size else _FLOOR
         target = np.log(np.maximum(measured[seen], least)) - log_expected[seen]
-        features = np.array([clue.features() for clue in rows])
+        features = np.array([list(clue.features().values()) for clue in rows])
         correction, left_out = _ridge(features, seen, target, ridge)
         log_damage = log_expected + correction
+        log_fitted = log_damage.copy()
+        log_fitted[seen] = log_expected[seen] + left_out
         if seen.sum() >= 3:
-            agreement = spearman((log_expected[seen] + left_out).tolist(), measured[seen].tolist())
-    log_damage = np.clip(log_damage, -50.0, 50.0)
-    damage = {clue.key: float(math.exp(value)) for clue, value in zip(rows, log_damage, strict=True)}
+            agreement = spearman(log_fitted[seen].tolist(), measured[seen].tolist())
+    damage = _by_key(rows, log_damage)
     damage |= {clue.key: max(known[clue.key], 0.0) for clue in rows if clue.key in known}
-    return DamageForecast(damage=damage | kept, spearman=agreement, scores=int(seen.sum()))
+    return DamageForecast(
+        damage=damage | kept,
+        spearman=agreement,
+        scores=int(seen.sum()),
+        expected=_by_key(rows, log_expected),
+        fitted=_by_key(rows, log_fitted) if seen.any() else {},
+    )
+
+
+def _by_key(rows: Sequence[Clue], logs: NDArray[np.float64]) -> dict[tuple[str, Candidate], float]:
+    limited = np.clip(logs, -50.0, 50.0).tolist()
+    return {clue.key: math.exp(value) for clue, value in zip(rows, limited, strict=True)}
 
 
 def _ridge(

@@ -1,4 +1,4 @@
-"""`mixerzoo refit`: a student of a finished run, refitted in sequence, judged before and after, and written whole."""
+"""`mixerzoo refit`: a student of a finished run, refitted and distilled, judged before and after, written whole."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from mixerzoo.data import image_batches
 from mixerzoo.errors import MixerzooError
 from mixerzoo.files import read_json, write_json, write_text
+from mixerzoo.finetune import finetune
 from mixerzoo.hosts import Teacher, assemble, count_params
 from mixerzoo.latency import Conditions, Stopwatch
 from mixerzoo.opening import adopt_teacher, open_data, open_teacher
@@ -48,8 +50,8 @@ class Refitted:
         validation: figures before and after, on the images that this was chosen on.
         test: likewise, on images that nothing was chosen on.
         images: calibration images that it was refitted on.
-        steps: gradient steps at each site.
-        seconds: wall time of the refit itself.
+        minutes: of distillation as a whole after it.
+        seconds: wall time of both.
     """
 
     path: Path
@@ -58,7 +60,7 @@ class Refitted:
     validation: tuple[Evaluation, Evaluation]
     test: tuple[Evaluation, Evaluation]
     images: int
-    steps: int
+    minutes: float
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -70,7 +72,7 @@ class Refitted:
         return {
             "schema": SCHEMA,
             "kept": "after" if self.better else "before",
-            "steps": self.steps,
+            "minutes": self.minutes,
             "images": self.images,
             "seconds": round(self.seconds, 3),
             **figures,
@@ -81,7 +83,7 @@ def refit_run(
     path: Path,
     *,
     plan: Path | None = None,
-    steps: int = 0,
+    minutes: float = 0.0,
     images: int | None = None,
     out: Path | None = None,
     tracking_uri: str | None = None,
@@ -93,7 +95,7 @@ def refit_run(
     Args:
         path: the run directory.
         plan: a plan, whose weights come from the run's library, or the folder of a student.
-        steps: gradient steps at each site after the closed form.
+        minutes: wall time for gradient steps after the closed form, on all weights of the student together.
         images: calibration images; as many of the run's as a readout needs unless given.
         out: folder to write, `refit` in the run directory unless given; an earlier refit there is replaced.
         tracking_uri: MLflow store that the run was logged to.
@@ -104,8 +106,8 @@ def refit_run(
         MixerzooError: for anything the user can mend; nothing is written then.
     """
     folder = path / "refit" if out is None else out
-    if steps < 0:
-        raise MixerzooError(f"--steps {steps}: give at least 0")
+    if not 0 <= minutes < math.inf:
+        raise MixerzooError(f"--minutes {minutes:g}: give at least 0")
     if images is not None and images < LEAST_IMAGES:
         raise MixerzooError(f"--images {images}: give at least {LEAST_IMAGES}")
     _check_out(folder)
@@ -114,7 +116,7 @@ def refit_run(
     student = _student(context, summary, plan)
     tracker = _tracker(context, tracking_uri)
     try:
-        found = _refit(context, student, folder, steps=steps, images=images)
+        student, found = _refit(context, student, folder, minutes=minutes, images=images)
         _write(folder, context.teacher, student, found)
         if tracker is not None:
             _log(tracker, context, student, found)
@@ -232,8 +234,10 @@ def _stitched(context: Context, file: Path) -> Student:
     return Student(plan=plan, model=assemble(teacher.model, modules))
 
 
-def _refit(context: Context, student: Student, folder: Path, *, steps: int, images: int | None) -> Refitted:
-    """Refit the student in place, and undo it where its validation loss does not fall."""
+def _refit(
+    context: Context, student: Student, folder: Path, *, minutes: float, images: int | None
+) -> tuple[Student, Refitted]:
+    """Refit and distil the student; return it, or what it was where its validation loss does not fall."""
     teacher, data = context.teacher, context.data
     enough = -(-REFIT_TOKENS // max(site.tokens for site in teacher.sites))
     chosen = data.splits.calibration[: images or min(enough, context.settings.images)]
@@ -241,32 +245,45 @@ def _refit(context: Context, student: Student, folder: Path, *, steps: int, imag
     before = _judged(context, student.model)
     state = {name: tensor.clone() for name, tensor in student.model.state_dict().items()}
     began = time.perf_counter()
+    batches = list(image_batches(data, chosen, teacher.image))
     with context.reporter.phase("sequential refit", len(teacher.sites)) as report:
-        batches = image_batches(data, chosen, teacher.image)
-        refit_student(
-            teacher,
-            student.model,
-            mixers,
-            batches,
-            steps=steps,
-            seed=context.settings.seed,
-            on_site=report,
-        )
+        refit_student(teacher, student.model, mixers, batches, on_site=report)
     seconds = time.perf_counter() - began
     after = _judged(context, student.model)
-    better = after[0].loss < before[0].loss  # not where it is NaN
-    if not better:
+    if not after[0].loss < before[0].loss:  # nor where it is NaN
         student.model.load_state_dict(state)
-    return Refitted(
+    if minutes:
+        student, taken = _distilled(context, student, batches, minutes)
+        seconds += taken
+        after = _judged(context, student.model)
+    return student, Refitted(
         path=folder,
         plan=student.plan,
-        better=better,
+        better=after[0].loss < before[0].loss,
         validation=(before[0], after[0]),
         test=(before[1], after[1]),
         images=len(chosen),
-        steps=steps,
+        minutes=minutes,
         seconds=seconds,
     )
+
+
+def _distilled(
+    context: Context, student: Student, batches: Sequence[torch.Tensor], minutes: float
+) -> tuple[Student, float]:
+    """Distil a student as a whole; return the best by validation loss, itself included, and the seconds taken."""
+    began = time.perf_counter()
+    with context.reporter.phase("distillation as a whole", 1) as report:
+        model, _ = finetune(
+            context.teacher,
+            student.model,
+            batches,
+            seconds=60 * minutes,
+            evaluate=lambda model: context.judge.evaluate(model).loss,
+            seed=context.settings.seed,
+            on_progress=report,
+        )
+    return Student(plan=student.plan, model=model), time.perf_counter() - began
 
 
 def _judged(context: Context, student: nn.Module) -> tuple[Evaluation, Evaluation]:
@@ -316,7 +333,8 @@ def _card(teacher: Teacher, found: Refitted) -> str:
     if before.accuracy is not None and now.accuracy is not None:
         figures.append(("accuracy", f"{before.accuracy:.2%}", f"{now.accuracy:.2%}"))
     done = (
-        f"refitted in sequence on {found.images} images, with {found.steps} gradient steps a site"
+        f"refitted in sequence on {found.images} images"
+        + (f" and distilled as a whole for {found.minutes:g} min" if found.minutes else "")
         if found.better
         else "as it was: a sequential refit did not lower its validation loss"
     )
@@ -366,5 +384,5 @@ def _log(tracker: Tracker, context: Context, student: Student, found: Refitted) 
         plan=found.plan,
         short_name=short,
         metrics={**asdict(kept), "params": float(count_params(student.model))},
-        tags={"mixerzoo.source": "refitted", "mixerzoo.steps": str(found.steps)},
+        tags={"mixerzoo.source": "refitted", "mixerzoo.minutes": f"{found.minutes:g}"},
     )

@@ -60,6 +60,7 @@ def make_report(context: Context, findings: Findings, summary: Mapping[str, Any]
         mixers={name: letter for name, letter in context.letters.items() if name in used},
         latency_model=summary["latency_model"],
         score_model=summary["score_model"],
+        prior=findings.prior,
         wall_s=summary["wall_s"],
         environment=summary["environment"],
         command=context.run.record().get("command", ""),

@@ -1,11 +1,12 @@
 """From candidates to the additive model: distil, predict the damage, replace one site at a time and measure it.
 
 Closed forms are cheap and made for every candidate that saves time. Gradient steps are spent where the scores
-so far say that they can change the frontier.
+so far say that they can change the frontier (`steps.py`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,22 +14,20 @@ import numpy as np
 
 from mixerzoo.latency import LatencyTable
 from mixerzoo.plan import Candidate
-from mixerzoo.registry import get_registry
 from mixerzoo.spec import KINDS
-from mixerzoo_search import exact
 from mixerzoo_search.additive import AdditiveModel
 from mixerzoo_search.candidates import Candidates, Damage, beaten, faster_than_teacher, not_beaten
 from mixerzoo_search.context import Context
-from mixerzoo_search.fit_quality import spearman
-from mixerzoo_search.prior import Clue, DamageForecast, Mixing, Prior, predict_damage
+from mixerzoo_search.making import make_all
+from mixerzoo_search.prior import DamageForecast, Prior
+from mixerzoo_search.prior_table import gather, prior_table, to_json
+from mixerzoo_search.report.content import PriorTable
+from mixerzoo_search.steps import Pair, next_steps, trainable
 
 TOLERANCE = 0.002  # of the teacher's latency: changes below it are not told apart
 UNIFORM_SHARE = 0.1  # of the candidates that the prior would leave out
 PROBES = 2  # sites of a kind at which all candidates are distilled first
 CLEARLY = 1.25  # times another one's held-out error, at the probes
-STEPPED_PER_SITE = 1.5  # candidates that may get gradient steps
-STEP_BUDGETS = (1.0, 0.9, 0.8)  # times the budget: whose exact plans say which candidates are worth steps
-HARMLESS = 1e-4  # share of all damage below which a candidate needs no steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +37,12 @@ class Scored:
     Attributes:
         model: scores and latencies.
         prior: which candidate is promising where.
-        prior_quality: Spearman of predicted and measured damage, before any score and, left out one by one,
-            with the others.
+        prior_table: what it predicts for every candidate, and what was measured.
     """
 
     model: AdditiveModel
     prior: Prior
-    prior_quality: dict[str, float]
+    prior_table: PriorTable
 
 
 def distill_closed_form(context: Context, candidates: Candidates, table: LatencyTable) -> Candidates:
@@ -53,9 +51,11 @@ def distill_closed_form(context: Context, candidates: Candidates, table: Latency
     All of them are distilled at two sites of each kind. What is clearly beaten at both, by another candidate that
     is as fast, goes no further: some mixers are too coarse, or too slow for what they give, for this teacher.
     """
+    forecast(context, candidates)
     probes = _probes(context)
     first = {site: row for site, row in candidates.items() if site in probes}
     _make_closed(context, first, "closed-form candidates at a few sites")
+    forecast(context, candidates)
     chosen = {**first, **_promising(context, candidates, first, table)}
     _make_closed(context, chosen, "closed-form candidates")
     return {site: chosen[site] for site in candidates}
@@ -122,7 +122,7 @@ def score(context: Context, candidates: Candidates, table: LatencyTable) -> Scor
         site: tuple(c for c in row if context.library.best(site, c) is not None)
         for site, row in candidates.items()
     }
-    guess = forecast(context, usable)
+    guess, _ = forecast(context, usable)
     dice = np.random.default_rng(context.settings.seed)
     space = not_beaten(
         usable,
@@ -132,21 +132,11 @@ def score(context: Context, candidates: Candidates, table: LatencyTable) -> Scor
         tolerance_ms=TOLERANCE * context.teacher_ms,
     )
     scores = measure_scores(context, space, "scores, one site replaced")
-    quality = {"before_scores": _agreement(guess.damage, scores)}
-    steps = _worth_steps(context, additive(context, space, table, scores), scores)
-    _make(
-        context,
-        [(s, c) for s, c in steps if context.library.find(s, c, stepped=True) is None],
-        "gradient steps",
-        stepped=True,
-    )
-    context.library.stepped.update(steps)
-    scores = measure_scores(context, space, "scores after the steps")
-    informed = forecast(context, space, scores)
-    quality["left_out"] = informed.spearman
-    context.run.store("prior", quality)
+    forecast(context, usable, scores)
+    scores = take_steps(context, space, table, scores)
+    informed = forecast(context, usable, scores)
     model = additive(context, space, table, scores)
-    return Scored(model=model, prior=_prior(context, model, informed), prior_quality=quality)
+    return Scored(model=model, prior=_prior(context, model, informed[0]), prior_table=informed[1])
 
 
 def useful(context: Context, candidates: Candidates, table: LatencyTable) -> Candidates:
@@ -165,23 +155,18 @@ def additive(context: Context, space: Candidates, table: LatencyTable, scores: D
     )
 
 
-def forecast(context: Context, candidates: Candidates, scores: Damage | None = None) -> DamageForecast:
-    """Predict the damage of every candidate from its site's statistics, its error, and the scores so far."""
-    statistics, clues = context.statistics, []
-    for site, row in candidates.items():
-        for candidate in row:
-            entry = context.library.best(site, candidate)
-            clues.append(
-                Clue(
-                    site=site,
-                    candidate=candidate,
-                    statistics=statistics[site],
-                    nmse=None if entry is None else entry.nmse,
-                    kind=context.teacher.site(site).kind,
-                    mixing=_mixing(candidate),
-                )
-            )
-    return predict_damage(clues, scores)
+def forecast(
+    context: Context, candidates: Candidates, scores: Damage | None = None
+) -> tuple[DamageForecast, PriorTable]:
+    """Predict the damage of every candidate from its site's statistics, its error, and the scores so far.
+
+    What is known and predicted is kept in `prior.json`, unless more was known there before.
+    """
+    table, found = prior_table(gather(context, candidates), scores or {})
+    earlier = context.run.load("prior") or {}
+    if earlier.get("scores", 0) <= table.overall.scores:
+        context.run.store("prior", to_json(table))
+    return found, table
 
 
 def measure_scores(context: Context, space: Candidates, title: str) -> Damage:
@@ -199,62 +184,76 @@ def measure_scores(context: Context, space: Candidates, title: str) -> Damage:
     return {pair: known[entry.key] for pair, entry in entries.items()}
 
 
-def _worth_steps(context: Context, model: AdditiveModel, scores: Damage) -> list[tuple[str, Candidate]]:
-    """Return what gets gradient steps: the candidates of the best plans near the budget, most harmful first.
+def take_steps(context: Context, space: Candidates, table: LatencyTable, closed: Damage) -> Damage:
+    """Give gradient steps to what they can bring into the best plans; return the scores after them.
 
-    Decided once and kept in `stepped.json`, since the scores after the steps would decide differently.
+    In rounds, until nothing can gain or the limit of minutes or candidates is reached. What a round chooses is kept in
+    `stepped.json` before it is made, since the scores after the steps would choose differently. Where the score is
+    worse after them, the closed form goes on to count.
+
+    Args:
+        context: the search.
+        space: candidates that have scores.
+        table: latencies.
+        closed: scores of the closed forms.
     """
-    if context.stepped is None:
-        budgets = [context.budget_ms * share for share in STEP_BUDGETS]
-        plans = [solution.plan for solution in exact.frontier(model, budgets, per_budget=2)]
-        wanted = {(site, c) for plan in plans for site, c in plan.choices if not c.is_keep}
-        harmful = sorted(wanted, key=lambda pair: (-scores[pair], pair[0], pair[1]))
-        least = HARMLESS * sum(scores[pair] for pair in harmful)
-        most = round(STEPPED_PER_SITE * len(model.sites)) if context.settings.distill_steps else 0
-        chosen = [pair for pair in harmful if scores[pair] > least and _has_weights(context, *pair)][:most]
-        context.run.store("stepped", [[site, str(candidate)] for site, candidate in chosen])
-    return context.stepped or []
+    stored = context.run.load("stepped")
+    if stored is None:
+        stored = {"done": not context.settings.distill_steps, "chosen": [], "worse": []}
+        context.run.store("stepped", stored)
+    chosen = [(site, Candidate.parse(text)) for site, text in stored["chosen"]]
+    chosen = [pair for pair in chosen if pair in closed]  # an edited plugin may have left some of them behind
+    finite = [pair for pair in closed if math.isfinite(closed[pair])]
+    able = [] if stored["done"] else trainable(context, finite)
+    while True:
+        _make(
+            context,
+            [(s, c) for s, c in chosen if context.library.find(s, c, stepped=True) is None],
+            "gradient steps",
+            stepped=True,
+        )
+        context.library.stepped.update(chosen)
+        scores = {**closed, **measure_scores(context, _rows(chosen), "scores after the steps")}
+        # A lower error at the site is not always a lower loss of the teacher with it.
+        worse = [pair for pair in chosen if not scores[pair] <= closed[pair]]
+        context.library.stepped.difference_update(worse)
+        scores |= {pair: closed[pair] for pair in worse}
+        if stored["done"]:
+            return scores
+        model = additive(context, space, table, scores)
+        more = next_steps(context, model, able, chosen, closed, scores)
+        chosen += more
+        stored = {"done": not more, "chosen": _texts(chosen), "worse": _texts(worse)}
+        context.run.store("stepped", stored)
 
 
-def _has_weights(context: Context, site: str, candidate: Candidate) -> bool:
-    entry = context.library.best(site, candidate)
-    return entry is not None and entry.params > 0
+def _texts(pairs: Sequence[Pair]) -> list[list[str]]:
+    return [[site, str(candidate)] for site, candidate in pairs]
+
+
+def _rows(pairs: Sequence[Pair]) -> dict[str, tuple[Candidate, ...]]:
+    return {site: tuple(c for s, c in pairs if s == site) for site, _ in pairs}
 
 
 def _make(context: Context, todo: Sequence[tuple[str, Candidate]], title: str, *, stepped: bool) -> None:
-    """Distil candidates. Those that another process is at come last: by then it may be done with them."""
+    """Distil candidates, in several processes where that pays."""
     if not todo:
         return
-    captured, done = context.captured, 0
+    captured = context.captured
     with context.run.timed("distill"), context.reporter.phase(title, len(todo)) as report:
-        for wait in (False, True):
-            others = []
-            for site, candidate in todo:
-                if context.library.make(site, candidate, captured, stepped=stepped, wait=wait) is None:
-                    others.append((site, candidate))
-                else:
-                    done += 1
-                    report(done)
-            todo = others
+        make_all(context.library, todo, captured, stepped=stepped, on_made=report)
 
 
 def _prior(context: Context, model: AdditiveModel, informed: DamageForecast) -> Prior:
-    keep = {(site, row[0]): 0.0 for site, row in zip(model.sites, model.candidates, strict=True)}
-    prior = Prior.from_damage(dict(informed.damage) | keep)
+    prior = Prior.from_damage(
+        {
+            (site, c): 0.0 if c.is_keep else informed.damage[site, c]
+            for site, row in zip(model.sites, model.candidates, strict=True)
+            for c in row
+        }
+    )
     if context.settings.prior == "uniform":
         return prior.uniform()
     if context.settings.prior == "shuffled":
         return prior.shuffled(context.settings.seed)
     return prior
-
-
-def _mixing(candidate: Candidate) -> Mixing:
-    """Return how a mixer decides which token sees which, as far as its claims tell."""
-    spec = get_registry().mixers.get(candidate.mixer)
-    if spec.caps.per_token:
-        return "none" if spec.readout is None else "token"
-    return "content" if spec.caps.any_length else "static"
-
-
-def _agreement(damage: Damage, measured: Damage) -> float:
-    return spearman([damage[key] for key in measured], list(measured.values()))

@@ -10,6 +10,8 @@ from typing import Any
 
 from mixerzoo.errors import MixerzooError
 
+MEMORY_LIMIT = 4.0  # GiB, as in mixerzoo.capture, which is heavy to import
+
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
@@ -64,6 +66,7 @@ class Settings:
         minutes: most minutes of those evaluations, or None.
         images: most images to distil on.
         distill_steps: gradient steps of a promising candidate after the closed form.
+        distill_minutes: most minutes of those steps, or None for a limit on the number of candidates.
         finetune_minutes: global distillation of the best plans, in all.
         batch_size: at which latency is measured.
         threads: likewise.
@@ -72,6 +75,7 @@ class Settings:
         runtime: likewise.
         seed: of everything random.
         prior: `sparsity`, `uniform` or `shuffled` (the last two are for ablations).
+        memory_limit: GiB of the teacher's activations above which they are kept in files.
     """
 
     model: str
@@ -84,6 +88,7 @@ class Settings:
     minutes: float | None = None
     images: int = 512
     distill_steps: int = 60
+    distill_minutes: float | None = None
     finetune_minutes: float = 1.0
     batch_size: int = 1
     threads: int = 2
@@ -92,6 +97,7 @@ class Settings:
     runtime: str = "eager"
     seed: int = 0
     prior: str = "sparsity"
+    memory_limit: float = MEMORY_LIMIT
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -105,16 +111,27 @@ class Settings:
             if getattr(self, name) < least:
                 flag = name.replace("_", "-")
                 raise MixerzooError(f"--{flag} {getattr(self, name)}: give at least {least}")
-        if self.minutes is not None and not self.minutes > 0:
-            raise MixerzooError(f"--minutes {self.minutes:g}: give a positive number")
+        for flag, minutes in (("minutes", self.minutes), ("distill-minutes", self.distill_minutes)):
+            if minutes is not None and not 0 < minutes < math.inf:
+                raise MixerzooError(f"--{flag} {minutes:g}: give a positive number")
         if not 0 <= self.finetune_minutes < math.inf:
             raise MixerzooError(f"--finetune-minutes {self.finetune_minutes:g}: give 0 or more")
+        check_memory_limit(self.memory_limit)
 
     def identity(self) -> dict[str, Any]:
-        """Return the arguments that make a search what it is; more trials or minutes only make it longer."""
+        """Return the arguments that make a search what it is.
+
+        More trials or minutes only make it longer, and where activations are kept changes nothing.
+        """
         content = asdict(self)
         content["budget"] = self.budget.label
         content["checkpoint"] = None if self.checkpoint is None else str(self.checkpoint)
-        for longer in ("trials", "minutes"):
-            del content[longer]
+        for free in ("trials", "minutes", "memory_limit"):
+            del content[free]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in content.items()}
+
+
+def check_memory_limit(gib: float) -> None:
+    """Raise MixerzooError unless a number of GiB can limit the activations in memory; 0 keeps all of them in files."""
+    if not 0 <= gib < math.inf:
+        raise MixerzooError(f"--memory-limit {gib:g}: give 0 or more GiB, such as {MEMORY_LIMIT:g}")

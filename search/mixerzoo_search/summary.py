@@ -15,6 +15,7 @@ from mixerzoo_search.evaluate import PlanResult
 from mixerzoo_search.finish import Outcome
 from mixerzoo_search.fit_quality import spearman
 from mixerzoo_search.pareto import hypervolume, non_dominated
+from mixerzoo_search.report.content import PriorTable
 from mixerzoo_search.timing import LatencyQuality
 
 SCHEMA = 1
@@ -29,6 +30,7 @@ class Findings:
     latency_quality: LatencyQuality
     results: list[PlanResult]
     outcome: Outcome
+    prior: PriorTable | None = None
 
     @property
     def all_results(self) -> list[PlanResult]:

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from mixerzoo_search.pareto import non_dominated
-from mixerzoo_search.report import EvaluationRow, Profile, Report, SiteRow, Teacher
+from mixerzoo_search.report import (
+    DamageRow,
+    EvaluationRow,
+    PriorTable,
+    Profile,
+    Rank,
+    Report,
+    SiteRow,
+    Teacher,
+)
 
 MIXERS = {
     "glu_mlp": "G", "linear": "L", "linear_attention": "K", "mamba": "M", "mlp_slice": "W",
@@ -113,6 +122,46 @@ def make_report(blocks: int = 8, evaluations: int = 90, seed: int = 0, **changes
         "command": f"mixerzoo search --budget-ms {budget} --trials 60 --seed 0",
     }  # fmt: skip
     return Report(**(fields | changes))  # type: ignore[arg-type]
+
+
+def make_prior(sites: list[SiteRow], *, scored: bool = True) -> PriorTable:
+    """Return a table over the candidates of some sites; `none` is never scored."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for site in sites:
+        for choice in site.candidates[1:]:
+            truth = float(rng.lognormal(-5, 2))
+            known = scored and choice != "none"
+            rows.append(
+                DamageRow(
+                    site=site.name,
+                    kind=site.kind,
+                    candidate=choice,
+                    mixing="none" if choice == "none" else "static",
+                    nmse=float(rng.uniform(0.05, 1)),
+                    predicted=truth * float(rng.lognormal()),
+                    fitted=truth * float(rng.lognormal(0, 0.3)) if scored else None,
+                    score=truth if known else None,
+                    before_steps=2 * truth if known and choice == "static@1" else None,
+                )
+            )
+    count = sum(row.score is not None for row in rows)
+    mixers = {
+        "static": Rank(scores=6, before_scores=0.71, left_out=-0.83),
+        "pool": Rank(scores=2, before_scores=np.nan, left_out=np.nan),
+    }
+    return PriorTable(
+        rows=rows,
+        overall=Rank(
+            scores=count, before_scores=0.86 if scored else np.nan, left_out=0.93 if scored else np.nan
+        ),
+        mixers=mixers if scored else {},
+    )
+
+
+@pytest.fixture
+def prior() -> Callable[..., PriorTable]:
+    return make_prior
 
 
 @pytest.fixture

@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mixerzoo_search.report import Profile, Report, SiteRow, numbers, write_profile, write_report
+from mixerzoo_search.report import (
+    PriorTable,
+    Profile,
+    Rank,
+    Report,
+    SiteRow,
+    numbers,
+    write_profile,
+    write_report,
+)
 from mixerzoo_search.report.frontier_view import (
     listed_frontier,
     log_losses,
@@ -159,6 +168,70 @@ def test_a_profile(profile: Profile, tmp_path: Path) -> None:
     odd = [SiteRow(name="x", kind="other", statistics={"entropy": math.nan}), SiteRow(name="y", kind="mlp")]
     write_profile(tmp_path / "q.html", tmp_path / "q.png", dataclasses.replace(profile, sites=odd))
     assert "nan" not in read(tmp_path / "q.html").words
+
+
+def test_a_report_says_how_well_the_prior_knew(
+    report: Make, prior: Callable[..., PriorTable], tmp_path: Path
+) -> None:
+    made = report(blocks=2, evaluations=4)
+    write_report(tmp_path, dataclasses.replace(made, prior=prior(list(made.sites))))
+    words = read(tmp_path / "report.html").words
+    for text in (
+        "How well the prior knew",
+        "0.86 before any score, 0.93 with",
+        "static 6 0.71 −0.83",
+        "pool 2 – –",
+    ):
+        assert text in words
+    write_report(tmp_path, made)
+    assert "How well the prior knew" not in read(tmp_path / "report.html").words
+
+
+def test_a_profile_shows_the_prior_beside_the_truth(
+    profile: Profile, prior: Callable[..., PriorTable], tmp_path: Path
+) -> None:
+    def drawn(**changes: object) -> tuple[str, int]:
+        write_profile(tmp_path / "p.html", tmp_path / "p.png", dataclasses.replace(profile, **changes))  # type: ignore[arg-type]
+        page = read(tmp_path / "p.html")
+        assert page.sources == []
+        assert "nan" not in page.words
+        with Image.open(tmp_path / "p.png") as picture:
+            assert picture.width == 1920
+            return page.words, picture.height
+
+    sites = list(profile.sites)
+    _, plain = drawn()
+    words, tall = drawn(prior=prior(sites))
+    assert tall > plain
+    for text in (
+        "Candidates",
+        "before steps",
+        "mlp_slice@0.25",
+        "Predicted and measured damage",
+        "static 6 0.71",
+    ):
+        assert text in words
+    words, height = drawn(prior=prior(sites, scored=False))  # a library, or a search that has scored nothing
+    assert height == plain
+    assert "Candidates" in words
+    assert "Predicted and measured damage" not in words
+    words, _ = drawn(prior=prior([]))
+    assert "Candidates" not in words
+    words, _ = drawn(teacher=dataclasses.replace(profile.teacher, params=None))
+    assert "16 sites" in words
+    assert "parameters" not in words
+
+
+def test_one_score_can_be_drawn(profile: Profile, prior: Callable[..., PriorTable], tmp_path: Path) -> None:
+    table = prior(list(profile.sites))
+    only = [row for row in table.rows if row.score is not None][:1]
+    few = dataclasses.replace(
+        table, rows=only, overall=Rank(scores=1, before_scores=math.nan, left_out=math.nan)
+    )
+    write_profile(tmp_path / "p.html", tmp_path / "p.png", dataclasses.replace(profile, prior=few))
+    nothing = [dataclasses.replace(row, score=0.0) for row in only]  # which a logarithmic axis cannot show
+    few = dataclasses.replace(few, rows=nothing)
+    write_profile(tmp_path / "p.html", tmp_path / "p.png", dataclasses.replace(profile, prior=few))
 
 
 def test_the_listed_frontier_always_has_the_best(report: Make) -> None:

@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import math
+import shutil
 
 import pytest
 import tiny_search
 import torch
 
+from mixerzoo.capture import MEMORY_LIMIT_GB
 from mixerzoo.errors import MixerzooError
 from mixerzoo.latency import Conditions, LatencyTable, Stopwatch
 from mixerzoo.opening import open_data, open_teacher
@@ -14,10 +17,13 @@ from mixerzoo.plan import Candidate, Plan
 from mixerzoo.progress import Reporter
 from mixerzoo.registry import get_registry, temporary_plugin
 from mixerzoo_search import candidates as candidates_module
-from mixerzoo_search import exact, scoring
+from mixerzoo_search import context as context_module
+from mixerzoo_search import scoring, steps
 from mixerzoo_search.candidates import faster_than_teacher, list_candidates, not_beaten
 from mixerzoo_search.context import Context
 from mixerzoo_search.prior import DamageForecast
+from mixerzoo_search.prior_table import to_json
+from mixerzoo_search.report import PriorTable, Rank
 from mixerzoo_search.run_directory import RunDirectory
 from mixerzoo_search.settings import Budget, Settings
 from mixerzoo_search.timing import latency_table
@@ -160,39 +166,132 @@ def started(make_context):
 
 
 def forecast_of(damage):
-    return lambda context, candidates, scores=None: DamageForecast(
-        damage={pair: damage(*pair) for pair in pairs(candidates)}, spearman=0.0, scores=0
-    )
+    def forecast(context, candidates, scores=None):
+        found = {pair: damage(*pair) for pair in pairs(candidates)}
+        nothing = Rank(scores=0, before_scores=math.nan, left_out=math.nan)
+        return DamageForecast(damage=found, spearman=0.0, scores=0), PriorTable(rows=[], overall=nothing)
+
+    return forecast
 
 
-def test_steps_go_to_the_candidates_of_exact_plans_near_the_budget(started, distilled, monkeypatch):
+def steps_taken(context):
+    stored = context.run.load("stepped")
+    assert set(stored) == {"done", "chosen", "worse"}
+    return stored
+
+
+def test_steps_go_in_rounds_to_what_could_enter_the_best_plans(started, distilled, monkeypatch):
     context, space, table = started
-    asked = []
+    asked, rounds = [], [[("blocks.0.attn", STATIC), ("blocks.1.mlp", SLICE)], [("blocks.0.mlp", SLICE)], []]
 
-    def frontier(model, budgets, *, per_budget):
-        asked.append((budgets, per_budget))
-        chosen = {"blocks.0.attn": STATIC, "blocks.1.attn": NONE, "blocks.1.mlp": SLICE}
-        plan = Plan.of(chosen, context.teacher.sites)
-        return [exact.Solution(plan=plan, loss=0.0, ms=1.0, optimal=True, gap=0.0)]
+    def next_round(model, budgets, factors, seconds, *, most, harmless):
+        assert 0 < harmless < 1e-3
+        asked.append((budgets, set(factors), seconds, most))
+        return rounds[len(asked) - 1]
 
     monkeypatch.setattr(scoring, "UNIFORM_SHARE", 1.0)  # nothing is left out
-    monkeypatch.setattr(scoring.exact, "frontier", frontier)
+    monkeypatch.setattr(steps, "next_round", next_round)
     scoring.score(context, space, table)
-    # `none` has no weights to train.
-    assert sorted(distilled) == [("blocks.0.attn", STATIC, 2), ("blocks.1.mlp", SLICE, 2)]
-    assert asked == [([share * context.budget_ms for share in scoring.STEP_BUDGETS], 2)]
+    assert [(site, c) for site, c, _ in distilled] == [*rounds[0], *rounds[1]]
+    assert {taken for _, _, taken in distilled} == {2}
+    assert steps_taken(context)["chosen"] == [[site, str(c)] for site, c in [*rounds[0], *rounds[1]]]
+    assert steps_taken(context)["done"] is True
+    budgets, able, seconds, most = asked[0]
+    assert budgets == [share * context.budget_ms for share in steps.STEP_BUDGETS]
+    assert {c for _, c in able} == {STATIC, SLICE}  # the others have nothing before a readout
+    assert (seconds, most) == (None, 2)
+    assert [one[1] for one in asked[1:]] == [able - set(rounds[0]), able - set(rounds[0]) - set(rounds[1])]
+    assert [one[3] for one in asked[1:]] == [2, 2]
 
 
 def test_what_gets_steps_is_decided_once(started, make_context, distilled):
     context, space, table = started
     first = scoring.score(context, space, table)
-    stepped = json.loads((context.run.path / "stepped.json").read_text())
-    assert sorted((site, str(candidate)) for site, candidate, _ in distilled) == sorted(map(tuple, stepped))
-    assert len(distilled) <= round(scoring.STEPPED_PER_SITE * len(context.teacher.sites))
+    stepped = steps_taken(context)["chosen"]
+    assert [[site, str(candidate)] for site, candidate, _ in distilled] == stepped
+    assert 0 < len(distilled) <= round(steps.STEPPED_PER_SITE * len(context.teacher.sites))
     number = len(distilled)
     again = scoring.score(make_context(), space, table)
     assert len(distilled) == number
     assert again == first
+
+
+def test_a_search_stopped_between_two_rounds_of_steps_goes_on_as_if_it_had_not_been(
+    started, make_context, distilled, monkeypatch, tmp_path
+):
+    context, space, table = started
+    monkeypatch.setattr(steps, "ROUND", 0.01)  # two at a time
+    monkeypatch.setattr(steps, "HOPE", 0.01)
+    shutil.copytree(context.run.path, tmp_path / "before")
+    whole = scoring.score(context, space, table)
+    undisturbed, number = steps_taken(context), len(distilled)
+    assert number > 2
+    # Again, from the same closed forms, killed when the third is about to take its steps.
+    shutil.rmtree(context.run.path)
+    shutil.copytree(tmp_path / "before", context.run.path)
+    for path in [*(tmp_path / "library").glob("*.json")]:
+        if json.loads(path.read_text())["recipe"]["steps"]:
+            path.unlink()
+    distilled.clear()
+    make = candidates_module.CandidateLibrary.make
+
+    def killed(self, *arguments, **options):
+        if len(distilled) == 3:
+            raise KeyboardInterrupt
+        return make(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(candidates_module.CandidateLibrary, "make", killed)
+        with pytest.raises(KeyboardInterrupt):
+            scoring.score(make_context(), space, table)
+    assert len(steps_taken(context)["chosen"]) > 2
+    assert steps_taken(context)["done"] is False
+    resumed = scoring.score(make_context(), space, table)
+    assert steps_taken(context) == undisturbed
+    assert len(distilled) == number
+    assert resumed.model == whole.model
+
+
+def test_steps_that_raise_the_score_do_not_count(started, make_context, monkeypatch):
+    context, space, table = started
+    measure = scoring.measure_scores
+
+    def worse(context, space, title):
+        scores = measure(context, space, title)
+        if title == "scores after the steps":
+            return {pair: loss + 1.0 for pair, loss in scores.items()}
+        return scores
+
+    monkeypatch.setattr(scoring, "measure_scores", worse)
+    scored = scoring.score(context, space, table)
+    stored = steps_taken(context)
+    assert stored["chosen"] == stored["worse"] != []
+    assert context.library.stepped == set()
+    assert make_context().stepped == []
+    scores = context.run.load("scores")
+    for site, candidate in stored["chosen"]:
+        closed = context.library.find(site, Candidate.parse(candidate), stepped=False)
+        plan = Plan.of({site: Candidate.parse(candidate)}, context.teacher.sites)
+        assert scored.model.predict_loss(plan) == scores[closed.key]
+    assert all(row.before_steps is None for row in scored.prior_table.rows)
+
+
+def test_minutes_of_steps_are_a_limit_in_place_of_a_number(make_context, distilled, monkeypatch):
+    monkeypatch.setattr(steps, "STEPPED_PER_SITE", 0.0)
+    taken = {}
+    for minutes in (1e-9, 100.0):
+        context = make_context(distill_minutes=minutes)
+        space = space_of(context, NONE, STATIC, SLICE)
+        table = latency_table(context, space)
+        scoring.distill_closed_form(context, space, table)
+        distilled.clear()
+        scoring.score(context, space, table)
+        taken[minutes] = list(distilled)
+        assert steps_taken(context)["done"] is True
+        shutil.rmtree(context.run.path)
+        shutil.rmtree(context.library.files.folder)
+    assert len(taken[1e-9]) == 1
+    assert len(taken[100.0]) > 2
 
 
 def test_without_steps_nothing_is_stepped(make_context, distilled):
@@ -200,8 +299,8 @@ def test_without_steps_nothing_is_stepped(make_context, distilled):
     space = space_of(context, NONE, STATIC, SLICE)
     scoring.distill_closed_form(context, space, latency_table(context, space))
     scoring.score(context, space, latency_table(context, space))
-    assert {steps for _, _, steps in distilled} == {0}
-    assert context.run.load("stepped") == []
+    assert {taken for _, _, taken in distilled} == {0}
+    assert steps_taken(context) == {"done": True, "chosen": [], "worse": []}
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
@@ -318,12 +417,55 @@ def test_the_prior_is_as_asked(started, make_context):
     assert sparsity != shuffled
 
 
-def test_the_quality_of_the_prior_is_recorded(started):
+def test_the_prior_is_recorded_beside_the_truth(started):
     context, space, table = started
+    before = context.run.load("prior")
+    assert (before["scores"], before["before_scores"], before["mixers"]) == (0, None, {})
+    assert (
+        {row["score"] for row in before["candidates"]}
+        == {row["fitted"] for row in before["candidates"]}
+        == {None}
+    )
+    assert all(row["nmse"] > 0 and row["predicted"] > 0 and row["key"] for row in before["candidates"])
     scored = scoring.score(context, space, table)
-    assert set(scored.prior_quality) == {"before_scores", "left_out"}
-    assert all(-1 <= value <= 1 for value in scored.prior_quality.values())
-    assert context.run.load("prior") == scored.prior_quality
+    stored, scores = context.run.load("prior"), context.run.load("scores")
+    assert stored == to_json(scored.prior_table)
+    assert {(row["site"], row["candidate"]) for row in stored["candidates"]} == {
+        (s, str(c)) for s, c in pairs(space)
+    }
+    loss = {
+        (site, str(c)): one
+        for site, row, losses in zip(
+            scored.model.sites, scored.model.candidates, scored.model.loss, strict=True
+        )
+        for c, one in zip(row, losses, strict=True)
+    }
+    for row in stored["candidates"]:
+        if row["score"] is not None:
+            assert row["score"] == scores[row["key"]] == loss[row["site"], row["candidate"]]
+    assert stored["scores"] == sum(row["score"] is not None for row in stored["candidates"]) > 3
+    assert stored["scores"] == sum(mixer["scores"] for mixer in stored["mixers"].values())
+    assert -1 <= stored["left_out"] <= 1
+    # Another start knows less at its beginning, and leaves what is there.
+    scoring.distill_closed_form(context, space, table)
+    assert context.run.load("prior") == stored
+
+
+def test_activations_are_limited_as_asked(make_context, monkeypatch):
+    asked = []
+    taken = context_module.capture
+
+    def capture(*arguments, **options):
+        asked.append(options["memory_limit_gb"])
+        return taken(*arguments, **options)
+
+    monkeypatch.setattr(context_module, "capture", capture)
+    in_files = make_context(memory_limit=0.0).captured
+    in_memory = make_context().captured
+    assert asked == [0.0, MEMORY_LIMIT_GB]
+    for site, captured in in_memory.sites.items():
+        assert torch.equal(in_files.sites[site].x, captured.x)
+        assert torch.equal(in_files.sites[site].y, captured.y)
 
 
 def test_candidates_are_what_can_stand_at_a_site():

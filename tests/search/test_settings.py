@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+import click
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mixerzoo.capture import MEMORY_LIMIT_GB
+from mixerzoo.cli import main
 from mixerzoo.errors import MixerzooError
 from mixerzoo_search.settings import Budget, Settings
 
@@ -78,6 +81,13 @@ def settings(**changes):
         ({"finetune_minutes": -0.5}, "--finetune-minutes -0.5"),
         ({"finetune_minutes": float("nan")}, "--finetune-minutes nan"),
         ({"finetune_minutes": float("inf")}, "--finetune-minutes inf"),
+        ({"distill_minutes": 0.0}, "--distill-minutes 0"),
+        ({"distill_minutes": -1.0}, "--distill-minutes -1"),
+        ({"distill_minutes": float("nan")}, "--distill-minutes nan"),
+        ({"distill_minutes": float("inf")}, "--distill-minutes inf"),
+        ({"memory_limit": -0.5}, "--memory-limit -0.5"),
+        ({"memory_limit": float("nan")}, "--memory-limit nan"),
+        ({"memory_limit": float("inf")}, "--memory-limit inf"),
     ],
 )
 def test_arguments_out_of_range_are_named(changes, flag):
@@ -88,11 +98,21 @@ def test_arguments_out_of_range_are_named(changes, flag):
 
 def test_the_least_that_is_allowed():
     settings(trials=1, images=20, batch_size=1, threads=1, distill_steps=0, finetune_minutes=0, seed=0)
+    settings(memory_limit=0.0, distill_minutes=1e-3)
+
+
+def test_the_memory_limit_is_that_of_a_capture():
+    assert settings().memory_limit == MEMORY_LIMIT_GB
+    for name in ("search", "profile"):
+        (option,) = (
+            p for p in main.get_command(click.Context(main), name).params if p.name == "memory_limit"
+        )
+        assert option.default == MEMORY_LIMIT_GB
 
 
 def test_the_identity_says_what_makes_a_search_what_it_is():
     base = settings()
-    assert base.identity() == settings(trials=100, minutes=3.0).identity()  # only longer
+    assert base.identity() == settings(trials=100, minutes=3.0, memory_limit=0.1).identity()
     for name, value in {
         "model": "other",
         "data": "other",
@@ -102,6 +122,7 @@ def test_the_identity_says_what_makes_a_search_what_it_is():
         "widths": (0.5,),
         "images": 100,
         "distill_steps": 1,
+        "distill_minutes": 1.0,
         "finetune_minutes": 2.0,
         "batch_size": 2,
         "threads": 1,

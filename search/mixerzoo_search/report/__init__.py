@@ -4,9 +4,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mixerzoo_search.report.content import EvaluationRow, Profile, Report, SiteRow, Teacher
+from mixerzoo_search.report.content import (
+    DamageRow,
+    EvaluationRow,
+    PriorTable,
+    Profile,
+    Rank,
+    Report,
+    SiteRow,
+    Teacher,
+)
 
-__all__ = ["EvaluationRow", "Profile", "Report", "SiteRow", "Teacher", "write_profile", "write_report"]
+__all__ = [
+    "DamageRow",
+    "EvaluationRow",
+    "PriorTable",
+    "Profile",
+    "Rank",
+    "Report",
+    "SiteRow",
+    "Teacher",
+    "write_profile",
+    "write_report",
+]
 
 
 def write_report(run_dir: Path, report: Report) -> None:

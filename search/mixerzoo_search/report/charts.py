@@ -29,7 +29,8 @@ def to_div(figure: Any, name: str) -> str:
     )
 
 
-def _layout(figure: Any, height: int) -> None:
+def layout(figure: Any, height: int) -> None:
+    """Give a figure the look of the page, `height` pixels high."""
     figure.update_layout(
         template="none",
         height=height,
@@ -160,7 +161,7 @@ def frontier_chart(report: Report) -> Any:
             font={"color": colour, "size": 12},
             bgcolor="rgba(255,255,255,0.8)",
         )
-    _layout(figure, 500)
+    layout(figure, 500)
     figure.update_xaxes(title_text="latency (ms, median, measured)", range=[low, high])
     figure.update_yaxes(
         title_text="loss against the teacher" + (" (log)" if log else ""),
@@ -205,7 +206,7 @@ def agreement_chart(
             hovertext=[_hover(row) for _, _, row in mine],
             hoverinfo="text",
         )
-    _layout(figure, 380)
+    layout(figure, 380)
     axis: Mapping[str, Any] = {"range": [math.log10(low), math.log10(high)] if log else [low, high]}
     if log:
         axis = {**axis, "type": "log", "tickformat": "~g", "dtick": "D2" if high / low < 100 else 1}

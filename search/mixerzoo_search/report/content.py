@@ -20,12 +20,12 @@ STATISTICS: Mapping[str, tuple[str, str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """The teacher's figures: `latency_ms`, `accuracy` as a fraction (None without labels), `params`."""
+    """The teacher's figures: `latency_ms`, `accuracy` as a fraction (None without labels), `params` (None: unknown)."""
 
     name: str
     latency_ms: float
     accuracy: float | None
-    params: int
+    params: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,60 @@ class SiteRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DamageRow:
+    """One candidate at one site, as the prior sees it.
+
+    Attributes:
+        site: name of the site.
+        kind: its kind.
+        candidate: as written in a plan.
+        mixing: how the mixer decides which token sees which: `none`, `token`, `static` or `content`.
+        nmse: held-out block-local error; None before it is distilled.
+        predicted: damage as predicted without any score, in units of its own.
+        fitted: damage as predicted with the scores of the others; None before there are scores.
+        score: damage that was measured; None if it was not.
+        before_steps: likewise, before it took gradient steps; None if it took none.
+        key: of its weights in the library; empty where there are none.
+        features: what the prediction goes by.
+    """
+
+    site: str
+    kind: str
+    candidate: str
+    mixing: str
+    nmse: float | None
+    predicted: float
+    fitted: float | None = None
+    score: float | None = None
+    before_steps: float | None = None
+    key: str = ""
+    features: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def mixer(self) -> str:
+        """Name of the mixer."""
+        return self.candidate.partition("@")[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    """Spearman of predicted and measured damage: `before_scores`, and `left_out` one by one; NaN under 3 `scores`."""
+
+    scores: int
+    before_scores: float
+    left_out: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorTable:
+    """Every candidate as the prior sees it, and how well it ranks them: all together, and those of each mixer."""
+
+    rows: Sequence[DamageRow]
+    overall: Rank
+    mixers: Mapping[str, Rank] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """Everything that the report of a search shows; plain data.
 
@@ -87,6 +141,7 @@ class Report:
         mixers: mixer -> its letter in short names.
         latency_model: `mape` and `max_error` as fractions, `spearman`, `plans`.
         score_model: `spearman`, `plans`.
+        prior: what the prior predicted, and what was measured.
         wall_s: phase -> seconds; `total` is shown apart.
         environment: what it ran on.
         command: the command line that made it.
@@ -102,6 +157,7 @@ class Report:
     mixers: Mapping[str, str] = field(default_factory=dict)
     latency_model: Mapping[str, float] = field(default_factory=dict)
     score_model: Mapping[str, float] = field(default_factory=dict)
+    prior: PriorTable | None = None
     wall_s: Mapping[str, float] = field(default_factory=dict)
     environment: Mapping[str, object] = field(default_factory=dict)
     command: str = ""
@@ -118,9 +174,10 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """What `mixerzoo profile` shows: the teacher and each of its sites, with statistics and latency."""
+    """What `mixerzoo profile` shows: the teacher, each of its sites and, where it is known, what the prior says."""
 
     teacher: Teacher
     sites: Sequence[SiteRow]
+    prior: PriorTable | None = None
     environment: Mapping[str, object] = field(default_factory=dict)
     command: str = ""

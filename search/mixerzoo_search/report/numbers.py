@@ -25,8 +25,10 @@ def short(value: float | None) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def count(value: float) -> str:
+def count(value: float | None) -> str:
     """Return a number of parameters, such as `22.1 M`."""
+    if value is None:
+        return "–"
     for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= unit:
             return f"{value / unit:.3g} {name}"

@@ -8,7 +8,8 @@ from html import escape
 
 from mixerzoo.plan import KEEP, KEEP_LETTER, Candidate
 from mixerzoo_search.report import numbers
-from mixerzoo_search.report.content import STATISTICS, Profile, Report, SiteRow
+from mixerzoo_search.report.content import STATISTICS, PriorTable, Profile, Report, SiteRow
+from mixerzoo_search.report.damage import damage_chart, damage_grid, rank_grid, rank_text, scored
 from mixerzoo_search.report.frontier_view import (
     LISTED_PLANS,
     listed_frontier,
@@ -51,6 +52,7 @@ def report_page(report: Report) -> str:
             to_div(agreement_chart(loss, quantity="loss", unit="", log=log_losses(report)), "loss_fit"),
         )
         + "</div>",
+        _prior(report.prior),
         '<div class="pair">' + _cost(report.wall_s) + _about(report.environment, report.command) + "</div>",
     ]
     return _document(report.title, sections, plotly=True)
@@ -67,7 +69,7 @@ def profile_page(profile: Profile) -> str:
         shares.append(_figure(f"in {sites} {escape(kind)} sites", numbers.ms(spent), f"{share} of the whole"))
     header = (
         f"<header><h1>{escape(profile.teacher.name)}</h1>"
-        f"<p>{len(profile.sites)} sites, {numbers.count(profile.teacher.params)} parameters</p></header>"
+        f"<p>{len(profile.sites)} sites{_params(profile.teacher.params)}</p></header>"
         '<dl class="figures">' + _figure("latency", numbers.ms(total), "median, one batch") + "".join(shares)
     )
     if profile.teacher.accuracy is not None:
@@ -78,8 +80,42 @@ def profile_page(profile: Profile) -> str:
         "What the attention of each site does, and what the site costs. Colours compare the sites within a column.",
         _profile_table(profile),
     )
-    about = _about(profile.environment, profile.command)
-    return _document(f"{profile.teacher.name}: profile", [header, table, about], plotly=False)
+    sections = [header, table, *_damages(profile.prior), _about(profile.environment, profile.command)]
+    plotly = profile.prior is not None and bool(scored(profile.prior))
+    return _document(f"{profile.teacher.name}: profile", sections, plotly=plotly)
+
+
+def _prior(prior: PriorTable | None) -> str:
+    """Return how well the prior ranked the candidates, as a card."""
+    if prior is None or not prior.rows:
+        return ""
+    text = f"{rank_text(prior.overall)} Mixer by mixer, over the sites and widths at which it was scored:"
+    return _card("How well the prior knew", text, rank_grid(prior))
+
+
+def _damages(prior: PriorTable | None) -> list[str]:
+    """Return everything that the prior says, and what was measured, as cards."""
+    if prior is None or not prior.rows:
+        return []
+    text = (
+        "Damage is the loss of the teacher with that one site replaced. Predicted: before any score, contribution² · "
+        "NMSE, in units of its own. Fitted: with the scores of the others and the statistics above."
+    )
+    cards = [_card("Candidates", text, damage_grid(prior.rows))]
+    if scored(prior):
+        from mixerzoo_search.report.charts import to_div
+
+        chart = _card(
+            "Predicted and measured damage",
+            f"{rank_text(prior.overall)} Point at one to see what it is.",
+            to_div(damage_chart(prior), "damage"),
+        )
+        cards = ['<div class="pair">' + chart + _prior(prior) + "</div>", *cards]
+    return cards
+
+
+def _params(count: int | None) -> str:
+    return "" if count is None else f", {numbers.count(count)} parameters"
 
 
 def _document(title: str, sections: Iterable[str], *, plotly: bool) -> str:

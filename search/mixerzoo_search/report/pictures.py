@@ -37,6 +37,7 @@ from mixerzoo_search.report.palette import (
     mixer_colours,
     source_styles,
 )
+from mixerzoo_search.report.prior_picture import draw_prior, prior_height
 
 DPI = 200
 LISTED = 6  # plans under the frontier
@@ -80,27 +81,31 @@ def report_picture(report: Report) -> bytes:
 def profile_picture(profile: Profile) -> bytes:
     """Return statistics and latency of every site, as PNG."""
     with rc_context(_STYLE):
-        sites = list(profile.sites)
+        sites, params = list(profile.sites), profile.teacher.params
         keys = [key for key in STATISTICS if any(_finite(site.statistics.get(key)) for site in sites)]
-        height = 1.75 + 0.27 * len(sites)
+        below = prior_height(profile.prior)
+        height = 1.75 + 0.27 * len(sites) + below
         figure = Figure(figsize=(9.6, height), dpi=DPI, facecolor="white")
         FigureCanvasAgg(figure)
         longest = max((len(site.name) for site in sites), default=8)
         grid = figure.add_gridspec(
             1, 2, width_ratios=[max(len(keys), 1) * 0.62, 2.6], wspace=0.03, right=0.975,
-            left=min(0.035 + 0.0088 * longest, 0.3), top=1 - 1.25 / height, bottom=0.32 / height,
+            left=min(0.035 + 0.0088 * longest, 0.3), top=1 - 1.25 / height, bottom=(0.32 + below) / height,
         )  # fmt: skip
         figure.text(0.02, 1 - 0.2 / height, profile.teacher.name, size=14, weight="bold", va="top")
         figure.text(
             0.02,
             1 - 0.47 / height,
-            f"{len(sites)} sites, {numbers.count(profile.teacher.params)} parameters, "
-            f"{numbers.ms(profile.teacher.latency_ms)}",
+            f"{len(sites)} sites, "
+            + ("" if params is None else f"{numbers.count(params)} parameters, ")
+            + numbers.ms(profile.teacher.latency_ms),
             color=SOFT,
             va="top",
         )
         _heat(figure.add_subplot(grid[0]), sites, keys)
         _latencies(figure.add_subplot(grid[1]), sites)
+        if profile.prior is not None and below:
+            draw_prior(figure, profile.prior)
         return _png(figure)
 
 

@@ -1,0 +1,1 @@
+"""`mixerzoo profile`: what is known of every site, before a search and after one."""

@@ -1,0 +1,1 @@
+"""`mixerzoo study sparsity`: whether sparser layers are easier to replace."""
