@@ -94,19 +94,13 @@ def build(spec: MixerSpec, shape: Shape) -> nn.Module:
     """
     site, width = shape.site(kind_of(spec)), full_width(spec)
     try:
-        with torch.device("meta"):
-            size = weight_bytes(spec.make(site, width))
-    except MixerzooError:  # some cannot be built there; the real one says whether the site is at fault
-        size = 0
+        size = weight_bytes(spec.outline(site, width))
+    except MixerzooError as error:
+        raise Skipped(str(error)) from None
     if size > MAX_WEIGHTS:
         raise Skipped(f"too many weights: {size / 2**30:.1f} GiB")
     torch.manual_seed(0)
-    try:
-        mixer = spec.make(site, width)
-    except MixerzooError as error:
-        raise Skipped(str(error)) from None
-    if weight_bytes(mixer) > MAX_WEIGHTS:
-        raise Skipped(f"too many weights: {weight_bytes(mixer) / 2**30:.1f} GiB")
+    mixer = spec.make(site, width)
     stir(mixer)
     return mixer
 

@@ -287,3 +287,22 @@ class MixerSpec:
             raise MixerzooError(
                 f"mixer '{self.name}' at width {width:g} cannot be built for site '{site.name}': {error}"
             ) from error
+
+    def outline(self, site: Site, width: float) -> nn.Module:
+        """Build the mixer for the names and shapes of its weights, without memory for them where that can be.
+
+        A mixer that looks at numbers while it is built is built as by `make`.
+
+        Raises:
+            MixerzooError: see `make`.
+        """
+        import torch
+
+        try:
+            with torch.device("meta"):
+                return self.make(site, width)
+        except MixerzooError as error:
+            if not isinstance(error.__cause__, RuntimeError | NotImplementedError):
+                raise
+        with torch.random.fork_rng(devices=[]):
+            return self.make(site, width)

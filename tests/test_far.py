@@ -26,9 +26,9 @@ from mixerzoo.hosts import Replacement, assemble
 from mixerzoo.opening import open_teacher
 from mixerzoo.plan import Candidate
 from mixerzoo.registry import get_registry, temporary_plugin
-from mixerzoo_search import far_training
-from mixerzoo_search.far_images import TrainingImages, fitting_labels, seeded
-from mixerzoo_search.far_student import (
+from mixerzoo_search.far import training as far_training
+from mixerzoo_search.far.images import TrainingImages, fitting_labels, seeded
+from mixerzoo_search.far.student import (
     HEADS,
     OUTPUTS,
     Tap,
@@ -37,8 +37,8 @@ from mixerzoo_search.far_student import (
     set_trainable,
     start_student,
 )
-from mixerzoo_search.far_training import Pace, Standing, Trainer, learning_rate, tiny_as_zero
-from mixerzoo_search.token_correlation import measure, pairs, pearson, token_similarity
+from mixerzoo_search.far.token_correlation import measure, pairs, pearson, token_similarity
+from mixerzoo_search.far.training import Pace, Standing, Trainer, learning_rate, tiny_as_zero
 
 LSTM = Candidate("multihead_lstm")
 SCRIPT = Path(__file__).parent / "tiny_search.py"

@@ -25,7 +25,7 @@ from mixerzoo.score import Judge
 from mixerzoo.statistics import ATTENTION_STATISTICS
 from mixerzoo_search.sparsity import group_student
 from mixerzoo_search.sparsity.group_student import GroupStudents
-from mixerzoo_search.sparsity.relation import closest, relate, verdict
+from mixerzoo_search.sparsity.relation import _orders, closest, relate, verdict
 from mixerzoo_search.sparsity.settings import StudySettings, label_of, windows
 
 DEPTH = 6
@@ -459,4 +459,4 @@ def test_the_closest_statistic_is_told_with_how_many_were_tried():
 
 
 def test_orders_are_all_orders_where_these_are_few():
-    assert set(map(tuple, relation_module._orders(4))) == set(itertools.permutations(range(4)))
+    assert set(map(tuple, _orders(4))) == set(itertools.permutations(range(4)))

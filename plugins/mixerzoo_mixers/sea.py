@@ -76,7 +76,7 @@ class Sea(nn.Module):
         self.prefix = 0 if grid is None else int(prefix)
         self.shape = (1, tokens) if grid is None else grid
         order, places = tile(*self.shape)
-        self.full = bool((order >= 0).all())
+        self.full = order.numel() == places.numel()
         self.tiles = len(order)
         self.chosen = min(max(1, self.tiles // SHARE), MOST)
         self.scale = (dim // heads) ** -0.5

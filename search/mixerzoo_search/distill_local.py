@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mixerzoo.capture import Capture, capture
 from mixerzoo.data import Dataset, image_batches
 from mixerzoo.errors import MixerzooError
@@ -158,8 +156,7 @@ def _left_out(
         for site in teacher.sites:
             if site.kind in spec.kinds and all(c.mixer != spec.name for c in candidates[site.name]):
                 try:
-                    with torch.device("meta"):  # as `list_candidates` does
-                        spec.make(site, spec.widths[0])
+                    spec.outline(site, spec.widths[0])
                 except MixerzooError as error:
                     yield site.name, spec.name, str(error.__cause__ or error)
 

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from mixerzoo.plan import Candidate
@@ -68,8 +67,7 @@ def trainable(context: Context, pairs: Iterable[Pair]) -> list[Pair]:
     shelf, found = get_registry().mixers, []
     for site, candidate in pairs:
         spec = shelf.get(candidate.mixer)
-        with torch.device("meta"):  # names only
-            mixer = spec.make(context.teacher.site(site), candidate.width)
+        mixer = spec.outline(context.teacher.site(site), candidate.width)
         solved = set() if spec.readout is None else set(mixer.get_submodule(spec.readout).parameters())
         if any(parameter not in solved for parameter in mixer.parameters()):
             found.append((site, candidate))

@@ -9,6 +9,7 @@ import pytest
 import tiny_search
 import torch
 
+from mixerzoo import MixerSpec, hookimpl
 from mixerzoo.capture import MEMORY_LIMIT_GB
 from mixerzoo.errors import MixerzooError
 from mixerzoo.latency import Conditions, LatencyTable, Stopwatch
@@ -478,8 +479,7 @@ def test_candidates_are_what_can_stand_at_a_site():
             spec = shelf.get(candidate.mixer)
             assert site.kind in spec.kinds
             assert candidate.width in spec.widths
-            with torch.device("meta"):
-                spec.make(site, candidate.width)
+            spec.outline(site, candidate.width)
     assert NONE in every["blocks.0.attn"]
     assert SLICE in every["blocks.0.mlp"]
     assert SLICE not in every["blocks.0.attn"]
@@ -493,3 +493,21 @@ def test_widths_narrow_all_but_mixers_of_a_single_width():
         list_candidates(sites, mixers=("static",), widths=(0.33,))
     with pytest.raises(MixerzooError, match="unknown mixer 'sttic': did you mean 'static'"):
         list_candidates(sites, mixers=("sttic",))
+
+
+def test_a_mixer_that_looks_at_numbers_while_it_is_built_is_a_candidate():
+    class Looks(torch.nn.Linear):
+        def __init__(self, dim):
+            super().__init__(dim, dim)
+            self.large = self.weight.abs().max().item() > 1
+
+    class Plugin:
+        @hookimpl
+        def register_mixers(self, register):
+            register(MixerSpec(name="looks", build=Looks, summary="a test subject"))
+
+    with temporary_plugin(Plugin(), name="looks"):
+        before = torch.random.get_rng_state()
+        found = list_candidates(open_teacher("tiny").sites, mixers=("looks",))
+        assert torch.equal(torch.random.get_rng_state(), before)
+    assert found["blocks.0.attn"] == (Candidate("looks"),)

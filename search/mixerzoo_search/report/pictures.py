@@ -41,7 +41,7 @@ from mixerzoo_search.report.prior_picture import draw_prior, prior_height
 
 DPI = 200
 LISTED = 6  # plans under the frontier
-_STYLE = {
+PICTURE_STYLE = {
     "font.family": "sans-serif",
     "font.sans-serif": ["Inter", "Helvetica Neue", "Segoe UI", "Liberation Sans", "DejaVu Sans"],
     "font.size": 10,
@@ -60,7 +60,7 @@ _STYLE = {
 
 def report_picture(report: Report) -> bytes:
     """Return the frontier and, under it, what its plans put where, as PNG."""
-    with rc_context(_STYLE):
+    with rc_context(PICTURE_STYLE):
         rows = listed_frontier(report, LISTED)
         sites = ordered_sites(report.sites)
         strip = 0.26 * len(rows) + 0.75 if rows and sites else 0.0
@@ -75,12 +75,12 @@ def report_picture(report: Report) -> bytes:
         _frontier(figure.add_subplot(grid[0]), report)
         if strip:
             _strip(figure.add_subplot(grid[1]), report, rows, sites)
-        return _png(figure)
+        return as_png(figure)
 
 
 def profile_picture(profile: Profile) -> bytes:
     """Return statistics and latency of every site, as PNG."""
-    with rc_context(_STYLE):
+    with rc_context(PICTURE_STYLE):
         sites, params = list(profile.sites), profile.teacher.params
         keys = [key for key in STATISTICS if any(_finite(site.statistics.get(key)) for site in sites)]
         below = prior_height(profile.prior)
@@ -106,10 +106,11 @@ def profile_picture(profile: Profile) -> bytes:
         _latencies(figure.add_subplot(grid[1]), sites)
         if profile.prior is not None and below:
             draw_prior(figure, profile.prior)
-        return _png(figure)
+        return as_png(figure)
 
 
-def _png(figure: Any) -> bytes:
+def as_png(figure: Any) -> bytes:
+    """Return a figure as a PNG, the same bytes for the same figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return buffer.getvalue()

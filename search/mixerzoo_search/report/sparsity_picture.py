@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from mixerzoo_search.report import numbers
 from mixerzoo_search.report.content import STATISTICS
 from mixerzoo_search.report.palette import ACCENT, BAD, INK, SOFT, heat
-from mixerzoo_search.report.pictures import _STYLE, DPI, _png
+from mixerzoo_search.report.pictures import DPI, PICTURE_STYLE, as_png
 
 WIDTH, HEAD, ROW = 10.4, 0.85, 3.75  # inches
 WIDE = 8.0  # ratio of the largest to the smallest loss from which on the axis is logarithmic
@@ -22,7 +22,7 @@ PALE = "#b9c7d4"
 
 def sparsity_picture(content: Mapping[str, Any]) -> bytes:
     """Return the study as PNG; `content` is that of `sparsity.json`."""
-    with rc_context(_STYLE):
+    with rc_context(PICTURE_STYLE):
         mixers = content["mixers"]
         height = HEAD + ROW * len(mixers)
         figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
@@ -40,7 +40,7 @@ def sparsity_picture(content: Mapping[str, Any]) -> bytes:
             axes.text(0, 1.115, name, weight="bold", size=11, **place)
             axes.text(0, 1.035, found["verdict"], color=SOFT, size=9.5, **place)
             _bars(figure.add_subplot(grid[row, 1]), found["relations"])
-        return _png(figure)
+        return as_png(figure)
 
 
 def _title(content: Mapping[str, Any]) -> str:

@@ -46,9 +46,7 @@ def attention_sites(teacher: Teacher, candidate: Candidate) -> list[Site]:
         widths = ", ".join(f"{width:g}" for width in spec.widths)
         raise MixerzooError(f"--mixer {candidate}: widths of '{spec.name}' are {widths}")
     for site in sites:
-        with torch.device("meta"):  # shapes only: some mixers are large
-            mixer = spec.make(site, candidate.width)
-        if next(mixer.parameters(), None) is None:
+        if next(spec.outline(site, candidate.width).parameters(), None) is None:
             raise MixerzooError(f"mixer '{spec.name}' has no parameters to train")
     return sites
 

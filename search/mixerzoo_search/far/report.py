@@ -13,9 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from mixerzoo_search.far.token_correlation import SiteSimilarity, pairs
 from mixerzoo_search.report.palette import ACCENT, INK, LINE, SOFT, heat
-from mixerzoo_search.report.pictures import _STYLE, DPI, _png
-from mixerzoo_search.token_correlation import SiteSimilarity, pairs
+from mixerzoo_search.report.pictures import DPI, PICTURE_STYLE, as_png
 
 SHOWN = 3  # sites whose matrices are drawn
 STEPS = ("start", "stage 1", "stage 2")
@@ -28,7 +28,7 @@ def far_picture(result: Mapping[str, Any], sites: Mapping[str, SiteSimilarity]) 
     """Return the token similarities of teacher and student at a few sites and the correlation at all, as PNG."""
     names = list(sites)
     shown = [names[at] for at in sorted({round(x) for x in np.linspace(0, len(names) - 1, SHOWN)})]
-    with rc_context(_STYLE):
+    with rc_context(PICTURE_STYLE):
         width, height = 2.35 * len(shown) + 4.9, 5.4
         figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
         FigureCanvasAgg(figure)
@@ -40,7 +40,7 @@ def far_picture(result: Mapping[str, Any], sites: Mapping[str, SiteSimilarity]) 
         figure.text(0.02, 1 - 0.46 / height, _subtitle(result), color=SOFT, va="top")
         _matrices(figure, outer[0].subgridspec(2, len(shown), wspace=0.12, hspace=0.16), sites, shown)
         _correlations(figure.add_subplot(outer[1]), result, names)
-        return _png(figure)
+        return as_png(figure)
 
 
 def _title(result: Mapping[str, Any]) -> str:

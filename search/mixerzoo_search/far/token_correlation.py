@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from mixerzoo.hosts import Teacher
 from mixerzoo.score import Evaluation, judge
 from mixerzoo.spec import Site
-from mixerzoo_search.far_student import Tap
+from mixerzoo_search.far.student import Tap
 
 ROUNDING = 1e-6  # standard deviation of cosines that are all the same, in float32
 

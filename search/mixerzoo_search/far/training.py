@@ -21,8 +21,8 @@ from mixerzoo.files import read_json, write_json, write_tensors
 from mixerzoo.hosts import Teacher
 from mixerzoo.objectives import token_cosine
 from mixerzoo.score import output_loss
-from mixerzoo_search.far_images import TrainingImages, seeded
-from mixerzoo_search.far_student import Compared, Tap, set_trainable
+from mixerzoo_search.far.images import TrainingImages, seeded
+from mixerzoo_search.far.student import Compared, Tap, set_trainable
 
 STAGES = (1, 2)
 SECOND = 1 / 3  # of the training is stage 2; published: 100 of 300 epochs

@@ -29,11 +29,12 @@ from mixerzoo.spec import Site
 from mixerzoo.student import Student, save_student
 from mixerzoo.tracking import Tracker
 from mixerzoo_search.context import TEST_IMAGES, VALIDATION_IMAGES
-from mixerzoo_search.far_images import TrainingImages, fitting_labels
-from mixerzoo_search.far_report import far_picture, model_card
-from mixerzoo_search.far_settings import FarSettings
-from mixerzoo_search.far_student import attention_sites, compared, start_student
-from mixerzoo_search.far_training import (
+from mixerzoo_search.far.images import TrainingImages, fitting_labels
+from mixerzoo_search.far.report import far_picture, model_card
+from mixerzoo_search.far.settings import FarSettings
+from mixerzoo_search.far.student import attention_sites, compared, start_student
+from mixerzoo_search.far.token_correlation import Measured, average, measure
+from mixerzoo_search.far.training import (
     STAGES,
     Pace,
     Standing,
@@ -46,7 +47,6 @@ from mixerzoo_search.far_training import (
 )
 from mixerzoo_search.journal import RUN_ID
 from mixerzoo_search.run_directory import RunDirectory
-from mixerzoo_search.token_correlation import Measured, average, measure
 
 SCHEMA = 1
 RESULT, PICTURE = "far.json", "far.png"
