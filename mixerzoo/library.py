@@ -37,6 +37,7 @@ from mixerzoo.plan import Candidate
 from mixerzoo.spec import MixerSpec, Site
 
 LOCK = "library.lock"  # marks a folder as a library, and is shared by the processes that use it
+CHECK = "check"  # of an entry: the hash of the rest
 KEY = re.compile(r"[0-9a-f]{24}")
 MAKING = ("capture", "data", "distill", "objectives", "pairs", "readout", "ridge", "statistics")
 DISTILLING = tuple(Path(__file__).with_name(f"{name}.py") for name in MAKING)  # what weights depend on
@@ -334,7 +335,8 @@ class Library:
         )
         if not entry.failed:
             entry = replace(entry, sha256=write_tensors(self.tensors_path(key), result.state))
-        write_json(self.entry_path(key), entry.to_json())
+        content = entry.to_json()
+        write_json(self.entry_path(key), content | {CHECK: _hash(content)})
         self._whole[key] = entry
         return entry
 
@@ -365,12 +367,14 @@ class Library:
             yield mine
 
     def read(self, key: str) -> Entry | None:
-        """Return the entry under `key` as it is on disk, or None if it cannot be read."""
+        """Return the entry under `key` as it is on disk, or None if it is not as it was written."""
         try:
-            entry = Entry.from_json(read_json(self.entry_path(key)))
+            content = read_json(self.entry_path(key))
+            check = content.pop(CHECK, None)
+            entry = Entry.from_json(content)
         except (MixerzooError, AttributeError, TypeError):
             return None
-        return entry if entry.key == key else None
+        return entry if entry.key == key and check == _hash(entry.to_json()) else None
 
     def is_whole(self, entry: Entry) -> bool:
         """Say whether the file of an entry matches its checksum; one that failed has none."""

@@ -101,7 +101,7 @@ def filled(tmp_path):
         {"plugin": "other 0.1"},
         {"code": "e"},
         {"recipe": Recipe(steps=1)},
-        {"recipe": Recipe(lr=2e-3)},
+        {"recipe": Recipe(lr=1e-4)},
         {"recipe": Recipe(seed=1)},
         {"source": dataclasses.replace(SOURCE, teacher="u")},
         {"source": dataclasses.replace(SOURCE, data="e")},
@@ -408,6 +408,21 @@ def test_a_checksum_in_an_entry_is_not_trusted(filled):
     assert library.get(KEYS[1]) is not None
 
 
+def test_no_digit_of_an_entry_can_change_unseen(filled):
+    path = filled / f"{KEYS[0]}.json"
+    whole = path.read_bytes()
+    for place in (at for at, byte in enumerate(whole) if chr(byte).isdigit()):
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        library = Library(filled)
+        assert library.get(KEYS[0]) is None, (place, bytes(changed))
+        assert len(library.damaged) == 1
+        assert library.get(KEYS[1]) is not None
+    path.write_bytes(whole)
+    assert Library(filled).get(KEYS[0]) is not None
+
+
 # Several processes
 
 # Each makes all candidates it can claim, then takes the others' from disk, as a search does.
@@ -601,9 +616,9 @@ def test_show_tells_all_about_one(filled):
     told = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     assert told["key"] == KEYS[1]
     assert told["site"] == SITES[1].name
-    assert told["recipe"] == "steps 0, lr 0.001, seed 0, objective nmse"
+    assert told["recipe"] == "steps 0, lr 0.002, seed 0, objective nmse"
     assert told["failed"] == "-"
-    assert set(told) == set(read_json(filled / f"{KEYS[1]}.json")) | {"bytes", "unused_s"}
+    assert set(told) == set(read_json(filled / f"{KEYS[1]}.json")) - {"check"} | {"bytes", "unused_s"}
     refused(run("show", "xyz", str(filled)), "key 'xyz'", "no such key")
     refused(run("show", "", str(filled)), "key ''", "3 keys begin with it")
 
