@@ -109,10 +109,10 @@ def test_inductor_compiles_for_the_threads():
 @needs_compiler
 def test_inductor_keeps_models_apart():
     """One code object for all would reach PyTorch's limit, and then run eager without a word."""
-    many = torch._dynamo.config.recompile_limit + 2
-    example = torch.randn(2, 4)
+    many, example = 4, torch.randn(2, 4)
+    few = torch._dynamo.config.patch(recompile_limit=many - 2)
     runs = [runtimes.prepare_inductor(nn.Linear(4, 4).eval(), example) for _ in range(many)]
-    with torch.compiler.set_stance("fail_on_recompile"):
+    with few, torch.compiler.set_stance("fail_on_recompile"):
         assert len({float(run().sum()) for run in runs}) == many
 
 

@@ -69,7 +69,8 @@ def test_gains_are_those_of_all_plans_and_bounds_are_not_below_them(
 @given(seed=st.integers(0, 10_000), timed=st.booleans())
 def test_what_can_change_the_best_plans_most_comes_first(seed: int, timed: bool) -> None:
     model = make_model(4, 3, seed)
-    budgets = [0.8 * model.base_ms, 0.7 * model.base_ms]
+    fastest = model.predict_ms(model.fastest())
+    budgets = [fastest + share * (model.base_ms - fastest) for share in (0.6, 0.4)]
     factors = dict.fromkeys(pairs_of(model), 0.5)
     rng = np.random.default_rng(seed)
     seconds = {pair: float(rng.uniform(0.1, 10)) for pair in factors} if timed else None
