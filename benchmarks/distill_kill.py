@@ -159,7 +159,9 @@ def _start(library: Path, settings: Settings) -> subprocess.Popen[str]:
     order = json.dumps({"library": str(library), "seed": settings.seed, "quick": settings.quick})
     worker = subprocess.Popen([sys.executable, __file__, order], stdout=subprocess.PIPE, text=True)
     assert worker.stdout is not None
-    if worker.stdout.readline().strip() != STARTED:
+    with worker.stdout as said:
+        started = said.readline().strip() == STARTED
+    if not started:
         raise RuntimeError(f"the build did not start; exit code {worker.wait()}")
     return worker
 
