@@ -128,7 +128,7 @@ class FeatureTap:
 
     def features_of(self, mixer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """Return what `mixer` makes of x (B, N, D) before the layer, as rows (rows, F); it runs no further."""
-        self._ends = True
+        self._seen, self._ends = None, True  # features of an earlier batch must not pass for those of this one
         try:
             mixer(x)
         except _Seen:

@@ -14,7 +14,7 @@ from mixerzoo.distill import Recipe, distill, take_steps
 from mixerzoo.errors import MixerzooError
 from mixerzoo.objectives import OBJECTIVES, token_cosine
 from mixerzoo.pairs import batches, evaluate, held_out_objective, held_out_rows
-from mixerzoo.readout import SOLVED_EVERY, FeatureTap, RunningReadout, solve_readout
+from mixerzoo.readout import CHECKED, SOLVED_EVERY, FeatureTap, RunningReadout, solve_readout
 from mixerzoo.registry import get_registry
 from mixerzoo.ridge import solve
 
@@ -498,3 +498,12 @@ def test_a_readout_that_is_not_called_is_an_error(at):
     mixer.unused = nn.Linear(24, 24)
     with pytest.raises(MixerzooError, match="the readout was not called"):
         solve_readout(mixer, "unused", at[1])
+
+
+def test_a_readout_that_is_called_now_and_then_is_an_error(at):
+    class Sometimes(Affine):
+        def forward(self, x):
+            return super().forward(x) if len(x) <= CHECKED else x
+
+    with pytest.raises(MixerzooError, match="the readout was not called"):
+        solve_readout(Sometimes(24), "readout", at[1])
