@@ -128,7 +128,8 @@ class FeatureTap:
 
     def features_of(self, mixer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """Return what `mixer` makes of x (B, N, D) before the layer, as rows (rows, F); it runs no further."""
-        self._seen, self._ends = None, True  # features of an earlier batch must not pass for those of this one
+        self._seen = None  # features of an earlier batch must not pass for those of this one
+        self._ends = True
         try:
             mixer(x)
         except _Seen:
