@@ -35,10 +35,7 @@ SEARCH += [
 
 @pytest.fixture(scope="module", autouse=True)
 def _tiny_world():
-    """The tiny host is registered, and latency follows a rule."""
-    with pytest.MonkeyPatch.context() as patch, temporary_plugin(tiny_search.TinyPlugin(), name="tiny"):
-        patch.setattr(Stopwatch, "time", tiny_search.ruled_time)
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with tiny_search.tiny_world():
         yield
 
 

@@ -10,7 +10,6 @@ from torch import nn
 
 from mixerzoo import MixerSpec, hookimpl
 from mixerzoo.cli import main
-from mixerzoo.latency import Stopwatch
 from mixerzoo.library import Library
 from mixerzoo.opening import open_teacher
 from mixerzoo.registry import temporary_plugin
@@ -23,9 +22,7 @@ COMMON = ("--model", "tiny", "--data", "data.npz", "--images", "40", "--mixers",
 
 @pytest.fixture(scope="module", autouse=True)
 def _tiny_world():
-    with pytest.MonkeyPatch.context() as patch, temporary_plugin(tiny_search.TinyPlugin(), name="tiny"):
-        patch.setattr(Stopwatch, "time", tiny_search.ruled_time)
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with tiny_search.tiny_world():
         yield
 
 

@@ -16,9 +16,7 @@ from click.testing import CliRunner
 
 import mixerzoo
 from mixerzoo.cli import main
-from mixerzoo.latency import Stopwatch
 from mixerzoo.opening import open_teacher
-from mixerzoo.registry import temporary_plugin
 from mixerzoo.student import load_student
 from mixerzoo_search import refit_command, search
 
@@ -28,9 +26,7 @@ FILES = {"README.md", "model.safetensors", "plan.json", "result.json"}
 
 @pytest.fixture(scope="module", autouse=True)
 def _tiny_world():
-    with pytest.MonkeyPatch.context() as patch, temporary_plugin(tiny_search.TinyPlugin(), name="tiny"):
-        patch.setattr(Stopwatch, "time", tiny_search.ruled_time)
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with tiny_search.tiny_world():
         yield
 
 

@@ -30,9 +30,7 @@ VALIDATION = 12  # images of the 80 in the data
 
 @pytest.fixture(scope="module", autouse=True)
 def _tiny_world():
-    """The tiny host is registered, and latency follows a rule."""
-    with pytest.MonkeyPatch.context() as patch, temporary_plugin(tiny_search.TinyPlugin(), name="tiny"):
-        patch.setattr(Stopwatch, "time", tiny_search.ruled_time)
+    with tiny_search.tiny_world():
         yield
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import tiny
 from mlflow import MlflowClient
 
@@ -103,6 +104,15 @@ def ruled_time(self, students, *, rounds=None, on_round=lambda done: None):
         found[name] = Timing(median=ms, low=ms, high=ms, ratio=ms / base, error=0.0)
     on_round(1)
     return found
+
+
+@contextmanager
+def tiny_world():
+    """The tiny host is registered, latency follows a rule, and MLflow is where a command says."""
+    with pytest.MonkeyPatch.context() as patch, temporary_plugin(TinyPlugin(), name="tiny"):
+        patch.setattr(Stopwatch, "time", ruled_time)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield
 
 
 def check_row(row, *, sites, labelled=True):

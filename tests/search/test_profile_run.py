@@ -9,8 +9,6 @@ from click.testing import CliRunner
 from PIL import Image
 
 from mixerzoo.cli import main
-from mixerzoo.latency import Stopwatch
-from mixerzoo.registry import temporary_plugin
 from mixerzoo_search import scoring, search
 from mixerzoo_search.journal import Journal
 from mixerzoo_search.profile.of_run import profile_run
@@ -20,8 +18,7 @@ WORDS = ("--model", "tiny", "--threads", "1", "--images", "24")
 
 @pytest.fixture(scope="module", autouse=True)
 def _tiny_world():
-    with pytest.MonkeyPatch.context() as patch, temporary_plugin(tiny_search.TinyPlugin(), name="tiny"):
-        patch.setattr(Stopwatch, "time", tiny_search.ruled_time)
+    with tiny_search.tiny_world():
         yield
 
 
