@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -64,10 +65,12 @@ class Subject:
                 self.teacher.model(batch)
             return time.perf_counter() - began
 
-    def capture(self, sites: tuple[Site, ...] | None = None) -> Capture:
-        """Capture the teacher at all sites, or only at these."""
+    def capture(
+        self, sites: tuple[Site, ...] | None = None, on_batch: Callable[[int], None] = lambda done: None
+    ) -> Capture:
+        """Capture the teacher at all sites, or only at these; `on_batch` is called after each batch."""
         teacher = self.teacher if sites is None else replace(self.teacher, sites=sites)
-        return capture(teacher, self.batches, len(self.indices))
+        return capture(teacher, self.batches, len(self.indices), on_batch=on_batch)
 
     def judge(self, indices: tuple[int, ...]) -> Judge:
         """Return a judge of students on other images."""

@@ -56,7 +56,7 @@ def spread(captured: Pairs, rows: slice) -> float:
     total, squares, count = torch.zeros(captured.y.shape[2], dtype=torch.float64), 0.0, 0
     for _, y in batches(captured, rows):
         total += y.sum((0, 1))
-        squares += float(y.double().square().sum())
+        squares += float(torch.linalg.vector_norm(y, dim=(0, 1)).double().square().sum())
         count += y.shape[0] * y.shape[1]
     return max(squares - float(total.square().sum()) / max(count, 1), 1e-30)
 

@@ -68,18 +68,23 @@ def _gram(mixer: nn.Module, tap: FeatureTap, captured: Pairs, rows: slice, share
     """Return the Gram matrices of the features that a mixer makes of the rows, of a random `share` of their tokens."""
     gram = Gram(tap.layer.in_features, tap.layer.out_features)
     generator = torch.Generator().manual_seed(0)
-    block: list[tuple[torch.Tensor, torch.Tensor]] = []
+    block = torch.empty(BLOCK, tap.layer.in_features), torch.empty(BLOCK, tap.layer.out_features)
+    filled = 0
     for x, y in batches(captured, rows):
         features, target = tap.features_of(mixer, x), y.reshape(-1, tap.layer.out_features)
+        drawn = torch.arange(len(features))
         if share < 1 and len(features) == len(x) * x.shape[1]:
             drawn = torch.randperm(len(features), generator=generator)[: round(share * len(features))]
-            features, target = features[drawn], target[drawn]
-        block.append((features, target))
-        if sum(len(features) for features, _ in block) >= BLOCK:
-            gram.update(*map(torch.cat, zip(*block, strict=True)))
-            block.clear()
-    if block:
-        gram.update(*map(torch.cat, zip(*block, strict=True)))
+        while len(drawn):
+            part, drawn = drawn.tensor_split([BLOCK - filled])
+            for whole, tensor in zip(block, (features, target), strict=True):
+                torch.index_select(tensor, 0, part, out=whole[filled : filled + len(part)])
+            filled += len(part)
+            if filled == BLOCK:
+                gram.update(*block)
+                filled = 0
+    if filled:
+        gram.update(*(whole[:filled] for whole in block))
     return gram
 
 

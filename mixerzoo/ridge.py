@@ -10,12 +10,16 @@ import torch
 
 PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # relative to the mean squared feature
 STRONGER = (1.0, 10.0)  # more of them for a solution that there is already: in the limit it stays as it is
+# An error on rows beside the sums that is so many times what the sums tell, and more than so much of the spread,
+# shows that the sums are wrong.
+UNLIKELY, SLACK = 2.0, 0.01
+STRIPS = 4  # of a Gram matrix: what is below them need not be multiplied
 
 
 class Gram:
     """Streams rows of features (rows, F) and targets (rows, T) into the sums that least squares needs.
 
-    A constant feature is added for the bias. Sums are kept in float64.
+    A constant feature is added for the bias. Sums are kept in float64; the last rows are kept as they are.
     """
 
     def __init__(self, features: int, targets: int) -> None:
@@ -24,19 +28,27 @@ class Gram:
         self.yy = torch.zeros(targets, dtype=torch.float64)
         self.y = torch.zeros(targets, dtype=torch.float64)
         self.rows = 0.0
+        self.last = torch.zeros(0, features), torch.zeros(0, targets)
 
     def update(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add rows: x (rows, F), y (rows, T)."""
-        total = x.sum(0)
-        self.xx[:-1, :-1] += x.T @ x
+        total, features = x.sum(0), x.shape[1]
+        width = max(-(-features // STRIPS), 1)
+        for first in range(0, features, width):
+            last = min(first + width, features)
+            strip = x[:, first:last].T @ x[:, first:]
+            self.xx[first:last, first:-1] += strip
+            self.xx[last:-1, first:last] += strip[:, last - first :].T
         self.xx[-1, :-1] += total
         self.xx[:-1, -1] += total
         self.xx[-1, -1] += len(x)
         self.xy[:-1] += x.T @ y
-        self.xy[-1] += y.sum(0)
-        self.yy += y.square().sum(0)
-        self.y += y.sum(0)
+        y_total = y.sum(0)
+        self.xy[-1] += y_total
+        self.yy += torch.linalg.vector_norm(y, dim=0).double().square()
+        self.y += y_total
         self.rows += len(x)
+        self.last = x, y
 
     def fade(self, share: float) -> None:
         """Let the rows so far count for this share of what they did."""
@@ -57,6 +69,17 @@ class Gram:
         """Return the error of a solution (F + 1, T) over the spread."""
         return self.error(solution) / max(self.spread(), 1e-30)
 
+    def is_true(self, solution: torch.Tensor) -> bool:
+        """Say whether the error of a solution (F + 1, T) on the last rows is about what the sums tell.
+
+        Blocks are multiplied in float32. Where features hardly differ, beside a few that are far larger, a small
+        penalty lets a solution fit the rounding errors of that, and the sums say that it is an excellent one.
+        """
+        x, y = self.last
+        found = (torch.addmm(solution[-1].float(), x, solution[:-1].float()) - y).square().sum()
+        seen = float(found) / max(len(x), 1) * self.rows / max(self.spread(), 1e-30)
+        return seen <= UNLIKELY * self.nmse(solution) + SLACK
+
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
@@ -76,14 +99,16 @@ def ridge(
     Without `bias` the map goes through the origin, for layers that have none. With `start` (F + 1, T) the penalty
     is on the change of that solution, not on its size.
     """
-    solution = torch.zeros_like(gram.xy) if start is None else start.clone()
-    missing = gram.xy - gram.xx @ solution
+    solution, missing = (
+        (torch.zeros_like(gram.xy), gram.xy) if start is None else (start.clone(), gram.xy - gram.xx @ start)
+    )
     used = len(gram.xx) if bias else len(gram.xx) - 1
     features = len(gram.xx) - 1
     size = float(gram.xx.diagonal()[:features].mean()) if features else 1.0
-    weights = torch.full((features + 1,), penalty * size, dtype=torch.float64)
-    weights[-1] = 1e-9 * gram.rows  # the bias is not shrunk
-    factor, info = torch.linalg.cholesky_ex((gram.xx + weights.diag())[:used, :used])
+    penalized = gram.xx[:used, :used].clone()
+    penalized.diagonal()[:features] += penalty * size
+    penalized.diagonal()[features:] += 1e-9 * gram.rows  # the bias is not shrunk
+    factor, info = torch.linalg.cholesky_ex(penalized)
     if int(info) != 0:
         return None
     solution[:used] += torch.cholesky_solve(missing[:used], factor)
@@ -93,7 +118,7 @@ def ridge(
 def solve(
     train: Gram, held_out: Gram, *, bias: bool = True, start: torch.Tensor | None = None
 ) -> Solution | None:
-    """Return the ridge solution whose penalty does best on the held-out rows; None if none is finite.
+    """Return the ridge solution whose penalty does best on the held-out rows; None if none is finite and true.
 
     `bias` and `start` are those of `ridge`.
     """
@@ -101,7 +126,7 @@ def solve(
 
     def solution_of(number: int) -> Solution | None:
         solution = ridge(train, penalties[number], bias=bias, start=start)
-        if solution is None:
+        if solution is None or not held_out.is_true(solution):
             return None
         return Solution(
             weight=solution[:-1].T.float().contiguous(),

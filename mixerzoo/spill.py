@@ -11,16 +11,21 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 
 class MemoryRows:
-    """A tensor of a known shape that is filled row by row, in memory."""
+    """A tensor of a known shape that is filled row by row, in memory: in huge pages where there are any."""
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
-        self._tensor = torch.empty(*shape, dtype=dtype)
+        pages = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize))
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # the kernel has none
+                pages.madvise(mmap.MADV_HUGEPAGE)
+        self._tensor = torch.frombuffer(pages, dtype=dtype, count=math.prod(shape)).view(*shape)
         self._count = 0
 
     def append(self, rows: torch.Tensor) -> None:

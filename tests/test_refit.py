@@ -113,7 +113,6 @@ def test_the_loss_of_a_trained_teacher_falls():
     before = the_judge.evaluate_modules(modules)
     after = the_judge.evaluate(refit(teacher, modules, names, batches))
     assert after.loss < 0.9 * before.loss
-    assert after.agreement > before.agreement
 
 
 def test_a_site_corrects_the_drift_before_it():

@@ -202,3 +202,26 @@ def test_no_map_does_better_on_its_own_rows(seed):
     generator = torch.Generator().manual_seed(seed)
     moved = found.weight + 0.1 * torch.randn(found.weight.shape, generator=generator)
     assert nmse(x, y, moved, found.bias) >= found.nmse - 1e-6
+
+
+def test_a_solution_that_fits_the_rounding_errors_of_the_sums_is_none():
+    """What the sums tell of it is wrong: the last rows are there to show it."""
+    x, y = rows(400, features=6, targets=2)
+    gram = gram_of(x, y)
+    good = ridge(gram, 1e-6)
+    assert good is not None
+    assert gram.is_true(good)
+    away = torch.linalg.eigh(gram.xx[:-1, :-1]).eigenvectors[:, :1]
+    bad = good.clone()
+    bad[:-1] += 30 * away
+    assert gram.is_true(bad)  # it is bad, and the sums say so
+    gram.xx[:-1, :-1] -= away @ away.T * float(away.T @ gram.xx[:-1, :-1] @ away)  # as rounding may do
+    gram.xy[:-1] -= away @ (away.T @ gram.xy[:-1])
+    assert not gram.is_true(bad)
+
+
+def test_a_constant_target_has_a_solution():
+    x, _ = rows(64)
+    solution = solve(*(gram_of(x, torch.full((64, 2), 3.0)) for _ in "ab"))
+    assert solution is not None
+    torch.testing.assert_close(x @ solution.weight.T + solution.bias, torch.full((64, 2), 3.0))
