@@ -1,6 +1,7 @@
-"""Global distillation under a clock that tests can turn: never worse, and nothing else is touched."""
+"""Global distillation under a clock that tests can turn: never worse, nothing else is touched, and it goes on."""
 
 import copy
+import json
 import types
 
 import pytest
@@ -8,8 +9,10 @@ import tiny
 import torch
 from torch import nn
 
-import mixerzoo.finetune as module
-from mixerzoo.finetune import finetune
+import mixerzoo.finetune_loop as module
+from mixerzoo.checkpoint import CHECKPOINT, load_checkpoint, remove_checkpoint, save_checkpoint
+from mixerzoo.errors import MixerzooError
+from mixerzoo.finetune import Recipe, finetune, train
 from mixerzoo.hosts import Replacement, assemble, fingerprint
 from mixerzoo.plan import Candidate
 from mixerzoo.score import Judge
@@ -210,8 +213,8 @@ def test_the_loss_is_of_outputs_and_hidden_states():
     stages = [teacher.host.stages(model) for model in (teacher.model, student)]
     batch = tiny.tiny_images(6)
     with torch.no_grad():
-        found = module._loss(teacher, *stages, batch)
-        same_model = module._loss(teacher, stages[0], stages[0], batch)
+        found = module.whole_loss(teacher, *stages, batch)
+        same_model = module.whole_loss(teacher, stages[0], stages[0], batch)
         hidden, wanted, given = 0.0, batch, batch
         for t, s in zip(*stages, strict=True):
             wanted, given = t(wanted), s(given)
@@ -223,3 +226,249 @@ def test_the_loss_is_of_outputs_and_hidden_states():
         kl = (p * (p.log() - given.softmax(-1).log())).sum(-1).mean()
     assert float(found) == pytest.approx(float(kl + hidden), rel=1e-4)
     assert float(same_model) == pytest.approx(0, abs=1e-5)
+
+
+def test_labels_add_their_cross_entropy_and_weigh_nothing_unless_asked():
+    teacher = tiny.tiny_teacher()
+    stages = [teacher.host.stages(model) for model in (teacher.model, make_student(teacher))]
+    batch, labels = tiny.tiny_images(6), torch.arange(6)
+    with torch.no_grad():
+        given = batch
+        for stage in stages[1]:
+            given = stage(given)
+        expected = module.whole_loss(teacher, *stages, batch) + 0.5 * nn.functional.cross_entropy(
+            given, labels
+        )
+        found = module.whole_loss(teacher, *stages, batch, labels, 0.5)
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    results = [
+        tune(teacher, labels=some)[1] for some in (None, torch.arange(64) % 10, torch.zeros(64).long())
+    ]
+    assert results[0].loss == results[1].loss == results[2].loss
+    weighed = [tune(teacher, labels=torch.full((64,), wrong), label_weight=10.0)[1] for wrong in (3, 4)]
+    with torch.no_grad():
+        answers = [tuned.student(tiny.tiny_images(64)).mean(0) for tuned in weighed]
+    assert answers[0][3] > answers[1][3]
+    assert answers[1][4] > answers[0][4]
+    with pytest.raises(ValueError, match="no labels"):
+        tune(teacher, label_weight=1.0)
+
+
+def tune(teacher, *, labels=None, evaluate=None, folder=None, on_progress=lambda share: None, **recipe):
+    """Train the student with gradient steps; return its rows as they came, and the result."""
+    rows = []
+    tuned = train(
+        teacher,
+        make_student(teacher),
+        images(),
+        Recipe(**{"steps": 40, "lr": 3e-3} | recipe),
+        # The student is judged by what it was trained on, so that labels show.
+        evaluate=evaluate or scripted_fall(),
+        labels=labels,
+        checkpoint=folder,
+        on_progress=on_progress,
+        on_row=rows.append,
+    )
+    return rows, tuned
+
+
+def scripted_fall():
+    """Return an `evaluate` that is lower every time: the last state is the best."""
+    values = iter(range(10**6))
+    return lambda model: 1.0 / (1 + next(values))
+
+
+def test_the_rate_rises_and_falls_to_nothing():
+    recipe = Recipe(steps=1000, lr=2.0)
+    rates = [recipe.rate(recipe.share(step, 0.0)) for step in range(1001)]
+    top = rates.index(max(rates))
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[:top] == sorted(rates[:top])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert (top, max(rates)) == (50, pytest.approx(2.0))
+    assert rates[-1] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_curve_is_as_it_went():
+    teacher = tiny.tiny_teacher()
+    rows, tuned = tune(teacher, evaluate=judge_of(teacher), steps=120)
+    assert tuned.curve == rows
+    assert (tuned.steps, tuned.stopped, rows[-1]["step"]) == (120, None, 120)
+    assert 90 <= len(rows) <= 116  # a hundred, and checks between two of them
+    checked = [row["held_out"] for row in rows if row["held_out"] is not None]
+    assert len(checked) == module.CHECKS
+    assert rows[-1]["held_out"] == checked[-1]
+    assert min(checked) == tuned.loss
+    assert rows[0]["loss"] > rows[-1]["loss"] > 0
+    assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
+
+
+def test_every_pass_shows_every_image_once():
+    teacher = tiny.tiny_teacher()
+    seen = []
+
+    class Recorded:
+        def __len__(self):
+            return 20
+
+        def batch(self, rows):
+            seen.append(rows)
+            return tiny.tiny_images(20)[rows]
+
+    recipe = Recipe(steps=8, batch_size=5)
+    train(teacher, make_student(teacher), Recorded(), recipe, evaluate=lambda model: 1.0)
+    passes = [[row for rows in part for row in rows] for part in (seen[:4], seen[4:])]
+    assert all(sorted(order) == list(range(20)) for order in passes)
+    assert passes[0] != passes[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None])
+def test_autocast_is_for_those_who_ask_on_a_cpu(dtype):
+    recipe = Recipe(steps=20, dtype=dtype)
+    assert recipe.autocast is dtype
+    assert Recipe(steps=20, dtype=torch.float32).autocast is None
+    teacher = tiny.tiny_teacher()
+    evaluate = judge_of(teacher)
+    before = evaluate(make_student(teacher))
+    _, tuned = tune(teacher, evaluate=evaluate, dtype=dtype)
+    assert tuned.loss < 0.9 * before
+    assert all(p.dtype == torch.float32 for p in tuned.student.parameters())
+
+
+def test_why_it_stopped_is_said():
+    teacher = tiny.tiny_teacher()
+    assert tune(teacher, steps=2)[1].stopped is None
+    _, tuned = tune(teacher, steps=20, lr=1e30)
+    assert "was nan at step 2" in tuned.stopped or "was inf at step 2" in tuned.stopped
+    assert tuned.steps == 1
+
+
+# Going on after a stop
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_at(step, steps):
+    def on_progress(share):
+        if round(share * steps) == step:
+            raise Killed
+
+    return on_progress
+
+
+def without_seconds(curve):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in curve]
+
+
+@pytest.mark.parametrize(
+    ("every", "kills"), [(0.0, (1,)), (3.0, (2, 12, 12, 29)), (11.0, (13, 40)), (0.0, (3, 17, 39, 40))]
+)
+def test_a_stopped_training_ends_as_an_undisturbed_one(tmp_path, monkeypatch, every, kills):
+    teacher = tiny.tiny_teacher()
+    evaluate = judge_of(teacher)
+    options = {"evaluate": evaluate, "labels": torch.arange(64) % 10, "label_weight": 0.1}
+    _, whole = tune(teacher, **options)
+    monkeypatch.setattr(module, "SAVE_SECONDS", every)
+    monkeypatch.setattr(module, "SAVE_SHARE", 1e9)
+    for step in kills:
+        with pytest.raises(Killed):
+            tune(teacher, folder=tmp_path, on_progress=killed_at(step, 40), **options)
+    rows, again = tune(teacher, folder=tmp_path, **options)
+    assert (again.loss, again.steps) == (whole.loss, whole.steps)
+    assert same(again.student, whole.student.state_dict())
+    assert without_seconds(again.curve) == without_seconds(whole.curve)
+    assert len(rows) <= len(whole.curve)
+    assert len(list(tmp_path.glob("*.safetensors"))) <= 1
+    remove_checkpoint(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_time_that_was_spent_counts(tmp_path, monkeypatch):
+    teacher = tiny.tiny_teacher()
+    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(module, "SAVE_SHARE", 1e9)
+
+    def stop(share):
+        if share > 0.6:
+            raise Killed
+
+    options = {"steps": None, "seconds": 200.0, "evaluate": lambda model: 1.0, "folder": tmp_path}
+    with pytest.raises(Killed):
+        tune(teacher, on_progress=stop, **options)
+    shares = []
+    _, tuned = tune(teacher, on_progress=shares.append, **options)
+    assert 0.55 < shares[0] < 0.7
+    assert 200 <= tuned.seconds < 230
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+    """A folder with the checkpoint of a training that was stopped at step 9."""
+    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(module, "SAVE_SHARE", 1e9)
+    with pytest.raises(Killed):
+        tune(tiny.tiny_teacher(), folder=tmp_path, on_progress=killed_at(9, 40))
+    return tmp_path
+
+
+def test_a_checkpoint_is_json_and_safetensors(stopped):
+    content, tensors = load_checkpoint(stopped)
+    assert json.loads((stopped / CHECKPOINT).read_text())["content"] == content
+    assert content["step"] == 8
+    assert {name.partition(".")[0] for name in tensors} == {
+        "student", "best", "optimizer", "order", "generator"
+    }  # fmt: skip
+    assert {path.suffix for path in stopped.iterdir()} == {".json", ".safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [({"lr": 1e-3}, "lr is 0.003 there, 0.001 here"), ({"steps": 41}, "steps is 40 there, 41 here")],
+)
+def test_another_training_is_refused(stopped, changes, text):
+    before = sorted(path.name for path in stopped.iterdir())
+    with pytest.raises(MixerzooError, match=text):
+        tune(tiny.tiny_teacher(), folder=stopped, **changes)
+    with pytest.raises(MixerzooError, match="of another training"):
+        tune(tiny.tiny_teacher(seed=1), folder=stopped)
+    assert sorted(path.name for path in stopped.iterdir()) == before
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: cut(next(folder.glob("*.safetensors"))),
+        lambda folder: next(folder.glob("*.safetensors")).unlink(),
+        lambda folder: (folder / CHECKPOINT).write_text("[]"),
+        lambda folder: cut(folder / CHECKPOINT),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(stopped, spoil):
+    spoil(stopped)
+    with pytest.raises(MixerzooError, match=r"is damaged .* remove '.*checkpoint\.json' to begin anew"):
+        tune(tiny.tiny_teacher(), folder=stopped)
+    (stopped / CHECKPOINT).unlink()
+    tune(tiny.tiny_teacher(), folder=stopped)
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, {"step": 1}, {"x": torch.ones(2)})
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mixerzoo.checkpoint.write_json", killed)
+        with pytest.raises(Killed):
+            save_checkpoint(tmp_path, {"step": 2}, {"x": torch.zeros(2)})
+    content, tensors = load_checkpoint(tmp_path)
+    assert (content["step"], tensors["x"].tolist()) == (1, [1, 1])
+    save_checkpoint(tmp_path, {"step": 3}, {"x": torch.full((2,), 3.0)})
+    assert load_checkpoint(tmp_path)[0]["step"] == 3
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1

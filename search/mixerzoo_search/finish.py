@@ -1,13 +1,15 @@
-"""From the best plans to the winner: measured again, refitted, distilled as a whole, measured once more."""
+"""From the best plans to the winner: measured again, refitted, distilled as a whole in rounds, measured once more."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
+from mixerzoo.checkpoint import remove_checkpoint
 from mixerzoo.files import read_json, write_json
 from mixerzoo.finetune import finetune
 from mixerzoo.hosts import assemble
@@ -16,9 +18,11 @@ from mixerzoo.student import Student, load_student, save_student
 from mixerzoo_search.additive import AdditiveModel
 from mixerzoo_search.context import Context
 from mixerzoo_search.evaluate import FINAL, PlanResult
+from mixerzoo_search.finetuning import halving
+from mixerzoo_search.finetuning.held_out import held_out
+from mixerzoo_search.recalibrate import solved_again
 
-REFITTED = 3  # plans that are refitted
-TUNED = 2  # of these, how many are distilled as a whole
+REFITTED = 4  # plans that are refitted, and distilled as a whole in rounds
 MEASURED = 8  # plans that are measured again to find those
 REFIT_TOKENS = 65_536  # tokens that a readout is solved on: more no longer change it
 STRICTER = (
@@ -37,41 +41,49 @@ class Finalist:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """The winner, or None if no plan met the budget when measured again, and all results on the way."""
+    """The winner, or None if no plan met the budget when measured again, and all results on the way.
+
+    Attributes:
+        best: the winner.
+        results: of plans that were refitted, and of plans that were distilled as a whole.
+        finetuning: the rounds of the latter, for `summary.json`.
+    """
 
     best: Finalist | None
     results: list[PlanResult]
+    finetuning: dict[str, Any] = field(default_factory=lambda: halving.summary([]))
 
 
 def finish(context: Context, results: Sequence[PlanResult], model: AdditiveModel) -> Outcome:
     """Refit and distil the best plans, and choose the winner by its loss after that.
 
     The winner is measured again, beside the teacher. If it misses the budget, the next best is taken; if all
-    do, further plans that are a little faster have their turn.
+    do, what was measured corrects the model, exact plans are solved for again, and further plans that are a little
+    faster have their turn.
     """
     made: dict[str, PlanResult] = {}
+    further: list[PlanResult] = []
+    missed: list[PlanResult] = []
+    tuning = halving.summary([])
     limit = context.budget_ms
     for _ in range(ATTEMPTS):
-        chosen = _finalists(context, results, limit)
+        chosen = _finalists(context, [*results, *further], limit)
         ready = [_refitted(context, result, model) for result in chosen]
-        ready.sort(key=lambda finalist: finalist.result.loss)
-        if context.settings.finetune_minutes:
-            tuned = ready[:TUNED]
-            seconds = 60 * context.settings.finetune_minutes / max(len(tuned), 1)
-            with context.reporter.phase("distillation as a whole", len(tuned)) as report:
-                for number, finalist in enumerate(tuned):
-
-                    def on_progress(share: float, number: int = number) -> None:
-                        report(number + share)
-
-                    ready.append(_finetuned(context, finalist, model, seconds, on_progress))
         made |= {f"{f.result.plan.key} {f.result.source}": f.result for f in ready}
-        best = _choose(context, ready)
-        if best is not None or not chosen:
+        if context.settings.finetune_minutes:
+            ready, tuning = _in_rounds(context, ready)
+            made |= {f"{f.result.plan.key} {f.result.source}": f.result for f in ready}
+        best = _choose(context, ready, missed)
+        if best is not None:
             break
-        limit *= STRICTER
+        model, more = solved_again(context, model, [*results, *further, *missed], limit)
+        if not chosen and not more:
+            break
+        further += more
+        if chosen:
+            limit *= STRICTER
     extra = [result for result in made.values() if result.source in ("refit", "finetuned")]
-    return Outcome(best=best, results=extra)
+    return Outcome(best=best, results=[*further, *extra], finetuning=tuning)
 
 
 def _finalists(context: Context, results: Sequence[PlanResult], limit_ms: float) -> list[PlanResult]:
@@ -114,32 +126,65 @@ def _refitted(context: Context, result: PlanResult, model: AdditiveModel) -> Fin
     return finalist
 
 
+def _in_rounds(context: Context, ready: Sequence[Finalist]) -> tuple[list[Finalist], dict[str, Any]]:
+    """Distil students as a whole in rounds (see `halving`); return each as its last round left it, and the rounds."""
+    entries = {f.result.plan.key: f for f in ready if f.result.plan.replaced()}
+    evaluate = held_out(context, context.settings.device) if entries else None
+    turns = sum(one.plans for one in halving.rounds(len(entries), 1.0))
+    with context.reporter.phase("distillation as a whole", turns) as report:
+
+        def tune(finalist: Finalist, this: halving.Round, turn: int) -> Finalist:
+            assert evaluate is not None
+            return _finetuned(context, finalist, this, evaluate, lambda share: report(turn + share))
+
+        last, played = halving.halve(
+            entries,
+            60 * context.settings.finetune_minutes,
+            loss=lambda finalist: finalist.result.loss,
+            tune=tune,
+            on_round=lambda played: context.run.store("finetuning", halving.summary(played)),
+        )
+    return [last.get(f.result.plan.key, f) for f in ready], halving.summary(played)
+
+
 def _finetuned(
     context: Context,
     finalist: Finalist,
-    model: AdditiveModel,
-    seconds: float,
+    this: halving.Round,
+    evaluate: Callable[[nn.Module], float],
     on_progress: Callable[[float], None],
 ) -> Finalist:
-    """Distil the student as a whole for a while; return it as it was if that did not help."""
-    folder = context.run.path / "finalists" / f"{finalist.result.plan.key}-finetuned"
+    """Give a student a round; return it as it was if that did not help. What was stopped goes on."""
+    # A round is as long as the number of plans says, which may change where a search is made longer.
+    name = f"{finalist.result.plan.key}-round{this.number}-of-{this.of}"
+    folder = context.run.path / "finalists" / name
     finished = _load(context, folder)
     if finished is not None:
         return finished
-    evaluator = context.evaluator
-    tuned, loss = finetune(
+    tuned, _ = finetune(
         context.teacher,
         finalist.student,
         context.calibration_batches,
-        seconds=seconds,
-        evaluate=lambda student: evaluator.judge.evaluate(student).loss,
+        seconds=this.seconds,
+        evaluate=evaluate,
         seed=context.settings.seed,
+        device=context.settings.device,
+        checkpoint=folder,
         on_progress=on_progress,
     )
-    if loss < finalist.result.loss:
-        result = evaluator.evaluate_student(finalist.result.plan, tuned, model, source="finetuned")
+    judged = context.judge.evaluate(tuned)
+    if tuned is not finalist.student and not finalist.result.loss <= judged.loss:
+        # Latency does not depend on weights: it is that of the plan.
+        result = replace(
+            finalist.result,
+            loss=judged.loss,
+            agreement=judged.agreement,
+            accuracy=judged.accuracy,
+            source="finetuned",
+        )
         finalist = Finalist(result=result, student=tuned)
     _save(context, folder, finalist)
+    remove_checkpoint(folder)
     return finalist
 
 
@@ -157,12 +202,16 @@ def _load(context: Context, folder: Path) -> Finalist | None:
     return Finalist(result=result, student=student.model.requires_grad_(False))
 
 
-def _choose(context: Context, ready: Sequence[Finalist]) -> Finalist | None:
-    """Return the best that certainly meets the budget when measured once more, with that latency."""
+def _choose(context: Context, ready: Sequence[Finalist], missed: list[PlanResult]) -> Finalist | None:
+    """Return the best that certainly meets the budget when measured once more, with that latency.
+
+    Those that do not are added to `missed`, with theirs.
+    """
     for finalist in sorted(ready, key=lambda f: f.result.loss):
         ms, most = context.evaluator.final_latency(finalist.student)
         if most <= context.budget_ms:
             return replace(finalist, result=replace(finalist.result, latency_ms=ms))
+        missed.append(replace(finalist.result, latency_ms=ms))
         context.reporter.note(
             f"measured again: {ms:.3g} ms, up to {most:.3g} ms, over the budget; the next best is taken"
         )

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from mixerzoo.checkpoint import remove_checkpoint, restore_moments
 from mixerzoo.data import Dataset, image_batches
+from mixerzoo.denormals import tiny_as_zero
 from mixerzoo.files import write_bytes, write_json, write_text
 from mixerzoo.hosts import Teacher, count_params
 from mixerzoo.latency import Conditions, environment
@@ -40,10 +42,8 @@ from mixerzoo_search.far.training import (
     Standing,
     Trainer,
     even,
-    load_checkpoint,
-    remove_checkpoint,
-    save_checkpoint,
-    tiny_as_zero,
+    load_standing,
+    save_standing,
 )
 from mixerzoo_search.journal import RUN_ID
 from mixerzoo_search.run_directory import RunDirectory
@@ -177,7 +177,7 @@ class _Far:
     def _train(self, trainer: Trainer) -> Standing:
         """Go through what is left of both stages; the checkpoint is written after every epoch."""
         student, settings = trainer.student, self.settings
-        stored = load_checkpoint(self.path, student)
+        stored = load_standing(self.path, student)
         standing, moments = (Standing(), {}) if stored is None else stored
         student.eval()
         if not standing.measured:
@@ -186,18 +186,18 @@ class _Far:
             if standing.stage != stage:
                 continue
             optimizer = trainer.optimizer(stage)
-            optimizer.state.update(moments)
+            restore_moments(student, optimizer, moments)
             pace = Pace.of(stage, epochs=settings.epochs, minutes=settings.minutes)
             with self.reporter.phase(f"stage {stage} of {len(STAGES)}, percent", 100) as report:
                 while pace.share(standing.epoch, standing.seconds) < 1:
                     row = trainer.epoch(standing, optimizer, pace, lambda share: report(100 * min(share, 1)))
                     row["validation"] = _finite(asdict(self._validated(student)))
                     standing.curve.append(row)
-                    save_checkpoint(self.path, standing, student, optimizer)
+                    save_standing(self.path, standing, student, optimizer)
             if stage < STAGES[-1]:
                 standing.measured[f"stage {stage}"] = figures(self._measured(student))
             standing.stage, standing.epoch, standing.seconds, moments = stage + 1, 0, 0.0, {}
-            save_checkpoint(self.path, standing, student, None)
+            save_standing(self.path, standing, student, None)
         return standing
 
     def _measured(self, student: nn.Module) -> Measured:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load as load_tensors
 from torch import nn
 from torch.nn import functional as F
 
+from mixerzoo.checkpoint import load_checkpoint, moments, prefixed, save_checkpoint, unprefixed
 from mixerzoo.errors import MixerzooError
-from mixerzoo.files import read_json, write_json, write_tensors
 from mixerzoo.hosts import Teacher
 from mixerzoo.objectives import token_cosine
 from mixerzoo.score import output_loss
@@ -31,7 +28,6 @@ WARM_UP = 0.05  # of a stage; published: 5 of 200 and of 100 epochs
 WARM_LR, LAST_LR = 0.02, 0.002  # times the highest learning rate 5e-4; published: 1e-5 and 1e-6
 WEIGHT_DECAY = 0.05
 CLIP = 1.0  # norm of the gradient
-CHECKPOINT = "checkpoint.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,83 +195,28 @@ class Trainer:
         return losses
 
 
-@contextmanager
-def tiny_as_zero() -> Iterator[None]:
-    """Take numbers below 1e-38 for zero inside the block.
-
-    Gradients that go back through an LSTM over hundreds of tokens end there, and products of such numbers take some ten
-    times as long on a CPU. Threads that PyTorch starts inside the block do the same, those of before do not.
-    """
-    before = float(torch.tensor(1e-40) * torch.ones(())) == 0
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(before)
-
-
-def save_checkpoint(
+def save_standing(
     folder: Path, standing: Standing, student: nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> None:
-    """Write the tensors under a name of their own, then the JSON that names them, then remove older tensors."""
-    tensors = {f"student.{name}": tensor for name, tensor in student.state_dict().items()}
+    """Write where a training stands, with the student's weights and the optimizer's moments, as its checkpoint."""
+    tensors = prefixed("student", student.state_dict())
     if optimizer is not None:
-        names: dict[torch.Tensor, str] = {p: name for name, p in student.named_parameters()}
-        for parameter, state in optimizer.state.items():
-            tensors |= {f"optimizer.{names[parameter]}.{key}": value for key, value in state.items()}
-    file = f"checkpoint-{standing.stage}-{standing.epoch}.safetensors"
-    sha256 = write_tensors(folder / file, tensors)
-    write_json(folder / CHECKPOINT, {**asdict(standing), "tensors": file, "sha256": sha256})
-    _remove(folder, but=file)
+        tensors |= prefixed("optimizer", moments(student, optimizer))
+    save_checkpoint(folder, asdict(standing), tensors)
 
 
-def load_checkpoint(
-    folder: Path, student: nn.Module
-) -> tuple[Standing, dict[torch.Tensor, dict[str, torch.Tensor]]] | None:
-    """Load the student's weights in place; return the standing and the optimizer's state, or None if there are none.
+def load_standing(folder: Path, student: nn.Module) -> tuple[Standing, dict[str, torch.Tensor]] | None:
+    """Load the student's weights in place; return the standing and the moments, or None if there are none.
 
     Raises:
         MixerzooError: if the checkpoint is damaged.
     """
-    if not (folder / CHECKPOINT).exists():
+    found = load_checkpoint(folder)
+    if found is None:
         return None
-    try:
-        content = read_json(folder / CHECKPOINT)
-        file, sha256 = content.pop("tensors"), content.pop("sha256")
-        standing = Standing(**content)
-        raw = (folder / file).read_bytes()
-    except (OSError, LookupError, TypeError, AttributeError, MixerzooError) as error:
-        raise MixerzooError(_damaged(folder / CHECKPOINT, str(error))) from None
-    if hashlib.sha256(raw).hexdigest() != sha256:
-        raise MixerzooError(_damaged(folder / file, "it does not match its checksum"))
-    tensors = load_tensors(raw)
-    weights = {name: tensors[f"student.{name}"] for name in student.state_dict()}
-    student.load_state_dict(weights)
-    found: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
-    for name, parameter in student.named_parameters():
-        start = f"optimizer.{name}."
-        state = {
-            key: tensors[start + key] for key in ("step", "exp_avg", "exp_avg_sq") if start + key in tensors
-        }
-        if state:
-            found[parameter] = state
-    return standing, found
-
-
-def remove_checkpoint(folder: Path) -> None:
-    """Remove the checkpoint: first what names the tensors."""
-    (folder / CHECKPOINT).unlink(missing_ok=True)
-    _remove(folder)
-
-
-def _remove(folder: Path, *, but: str = "") -> None:
-    for path in folder.glob("checkpoint-*.safetensors"):
-        if path.name != but:
-            path.unlink(missing_ok=True)
-
-
-def _damaged(path: Path, why: str) -> str:
-    return f"checkpoint '{path}' is damaged ({why}); remove '{path.parent / CHECKPOINT}' to begin anew"
+    content, tensors = found
+    student.load_state_dict(unprefixed("student", tensors))
+    return Standing(**content), unprefixed("optimizer", tensors)
 
 
 def even(batch_size: int, images: int) -> int:

@@ -1,0 +1,144 @@
+"""Successive halving: the best few plans are distilled as a whole in rounds, and the weaker half is dropped after each.
+
+Which plan is best before gradient steps need not be best after them, so that none is chosen before it had some.
+Rounds share the time equally, and the plans of a round share its time: the winner gets most.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from mixerzoo_search.fit_quality import spearman
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One round.
+
+    Attributes:
+        number: 1 for the first.
+        of: plans in the first round.
+        plans: plans in this one.
+        seconds: for each of them.
+    """
+
+    number: int
+    of: int
+    plans: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Played:
+    """A round that is over.
+
+    Attributes:
+        round: the round.
+        before: plan -> held-out loss when it began.
+        after: plan -> held-out loss when it ended, in the same order.
+        kept: plans that go on: the better half.
+    """
+
+    round: Round
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    kept: Sequence[str]
+
+    @property
+    def spearman(self) -> float | None:
+        """Rank correlation of the losses before and after; None for a single plan."""
+        if len(self.before) < 2:
+            return None
+        return spearman(list(self.before.values()), list(self.after.values()))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-ready data; losses that are not finite become null."""
+        return {
+            "seconds": self.round.seconds,
+            "plans": {
+                plan: {"before": _finite(loss), "after": _finite(self.after[plan]), "kept": plan in self.kept}
+                for plan, loss in self.before.items()
+            },
+            "spearman": self.spearman,
+        }
+
+
+def rounds(plans: int, seconds: float) -> list[Round]:
+    """Return the rounds for so many plans, down to a single one, that take so many seconds in all."""
+    sizes = [plans] if plans else []
+    while sizes and sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // 2))
+    return [
+        Round(number=number, of=plans, plans=size, seconds=seconds / len(sizes) / size)
+        for number, size in enumerate(sizes, 1)
+    ]
+
+
+def halve(
+    entries: Mapping[str, T],
+    seconds: float,
+    *,
+    loss: Callable[[T], float],
+    tune: Callable[[T, Round, int], T],
+    on_round: Callable[[Sequence[Played]], None] = lambda played: None,
+) -> tuple[dict[str, T], list[Played]]:
+    """Play all rounds; return every plan as its last round left it, and what happened.
+
+    Args:
+        entries: plan -> what `tune` takes.
+        seconds: in all.
+        loss: held-out loss of an entry.
+        tune: an entry, the round, and how many plans had their turn in this and earlier rounds, to the entry
+            after that.
+        on_round: called with all rounds so far when one is over.
+    """
+    last = dict(entries)
+    alive = list(entries)
+    played: list[Played] = []
+    turns = 0
+    for this in rounds(len(entries), seconds):
+        before = {plan: loss(last[plan]) for plan in alive}
+        for plan in alive:
+            last[plan] = tune(last[plan], this, turns)
+            turns += 1
+        after = {plan: loss(last[plan]) for plan in alive}
+        ranked = sorted(alive, key=lambda plan: _rank(after[plan]))
+        alive = ranked[: -(-len(ranked) // 2)]
+        played.append(Played(round=this, before=before, after=after, kept=tuple(alive)))
+        on_round(played)
+    return last, played
+
+
+def summary(played: Sequence[Played]) -> dict[str, Any]:
+    """Return the rounds for `summary.json`."""
+    first = played[0] if played else None
+    return {
+        "plans": first.round.of if first else 0,
+        "seconds": sum(one.round.seconds * one.round.plans for one in played),
+        "spearman": first.spearman if first else None,
+        "rounds": [one.to_json() for one in played],
+    }
+
+
+def sentence(found: Mapping[str, Any]) -> str:
+    """Return what came of the rounds in one line; empty where there were none."""
+    if not found.get("plans"):
+        return ""
+    ranks = found["spearman"]
+    said = "" if ranks is None else f"; losses before and after the first rank with Spearman {ranks:.2f}"
+    plans = "one plan" if found["plans"] == 1 else f"{found['plans']} plans"
+    count = len(found["rounds"])
+    return f"{plans} distilled as a whole in {count} round{'s' * (count > 1)}{said}"
+
+
+def _rank(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,168 @@
+"""A student made better: its figures before and after, its model card, and its folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mixerzoo.errors import MixerzooError
+from mixerzoo.files import read_json, write_json, write_text
+from mixerzoo.hosts import Teacher
+from mixerzoo.plan import Plan
+from mixerzoo.score import Evaluation
+from mixerzoo.student import Student, save_student
+from mixerzoo_search.context import Context
+
+RESULT_FILE = "result.json"
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Improved:
+    """What came of an attempt to make a student better.
+
+    Attributes:
+        path: folder of the student that is kept, for `mixerzoo.load`.
+        plan: its plan.
+        better: whether the new student was kept; else the one that was given.
+        validation: figures before and after, on the images that this was chosen on.
+        test: likewise, on images that nothing was chosen on.
+    """
+
+    path: Path
+    plan: Plan
+    better: bool
+    validation: tuple[Evaluation, Evaluation]
+    test: tuple[Evaluation, Evaluation]
+
+    def figures(self) -> dict[str, Any]:
+        """Return JSON-ready figures; those that are not finite become null."""
+        parts = (("validation", self.validation), ("test", self.test))
+        return {
+            "schema": SCHEMA,
+            "kept": "after" if self.better else "before",
+            **{part: {"before": _finite(old), "after": _finite(new)} for part, (old, new) in parts},
+        }
+
+
+def closing_lines(figures: Mapping[str, Any], path: Path) -> list[str]:
+    """Return what the command line prints: the figures on test images before and after, and where the student is."""
+    lines = [f"{'test images':<12}{'loss':>10}{'agreement':>12}{'accuracy':>11}{'validation loss':>18}"]
+    for name in ("before", "after"):
+        test, validation = figures["test"][name], figures["validation"][name]
+        cells = (
+            _text(test["loss"], ".4g", "nan"),
+            _text(test["agreement"], ".2%"),
+            _text(test["accuracy"], ".2%"),
+            _text(validation["loss"], ".4g", "nan"),
+        )
+        lines.append(f"{name:<12}{cells[0]:>10}{cells[1]:>12}{cells[2]:>11}{cells[3]:>18}")
+    if figures["kept"] == "before":
+        lines.append("no lower loss on validation images: the student was kept as it was")
+    return [*lines, "", f"student     {path}   (mixerzoo.load)"]
+
+
+def judged(context: Context, student: nn.Module) -> tuple[Evaluation, Evaluation]:
+    """Return the figures on validation and on test images."""
+    return context.judge.evaluate(student), context.test_judge.evaluate(student)
+
+
+def model_card(teacher: Teacher, found: Improved, *, title: str, done: str, in_vain: str) -> str:
+    """Return the README.md of the folder.
+
+    Args:
+        teacher: the teacher.
+        found: the figures.
+        title: what was done, in a word.
+        done: what was done to the student that is kept.
+        in_vain: what was tried, where the student is as it was.
+    """
+    before, after = found.test
+    now = after if found.better else before
+    rows = [("loss against the teacher", f"{before.loss:.4g}", f"{now.loss:.4g}")]
+    rows += [("agreement with the teacher", f"{before.agreement:.2%}", f"{now.agreement:.2%}")]
+    if before.accuracy is not None and now.accuracy is not None:
+        rows.append(("accuracy", f"{before.accuracy:.2%}", f"{now.accuracy:.2%}"))
+    what = done if found.better else f"as it was: {in_vain} did not lower its validation loss"
+    return "\n".join(
+        [
+            f"# {teacher.name}, {title}",
+            "",
+            f"A student of `{teacher.name}` made by mixerzoo, {what}.",
+            "",
+            "| | before | this student |",
+            "|---|---|---|",
+            *(f"| {name} | {old} | {new} |" for name, old, new in rows),
+            "",
+            "On images that nothing was chosen or trained on. Latency is that of the plan, as before.",
+            "",
+            "```python",
+            "import mixerzoo",
+            "",
+            f"student = mixerzoo.load({json.dumps(found.path.name)})  # this folder; images (B, C, H, W)",
+            "```",
+            "",
+            "| site | candidate |",
+            "|---|---|",
+            *(f"| `{site}` | `{candidate}` |" for site, candidate in found.plan.to_json().items()),
+            "",
+        ]
+    )
+
+
+def has_result(folder: Path, key: str) -> bool:
+    """Whether a folder holds a student with a `result.json` that has this key."""
+    try:
+        return key in read_json(folder / RESULT_FILE)
+    except (MixerzooError, TypeError):
+        return False
+
+
+def fill_folder(
+    folder: Path, teacher: Teacher, student: Student, card: str, result: Mapping[str, Any]
+) -> None:
+    """Write the student, its card and, last, `result.json`."""
+    save_student(folder, student, teacher)
+    write_text(folder / "README.md", card)
+    write_json(folder / RESULT_FILE, dict(result))
+
+
+def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a folder beside its place, then rename it: it is there whole, or not at all.
+
+    Raises:
+        MixerzooError: if it cannot be written.
+    """
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    old = temporary.with_suffix(".old")
+    try:
+        fill(temporary)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+    except OSError as error:
+        raise MixerzooError(f"'{folder}' cannot be written ({error.strerror}); give another --out") from None
+    finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _finite(judged: Evaluation) -> dict[str, float | None]:
+    return {
+        name: value if value is not None and math.isfinite(value) else None
+        for name, value in asdict(judged).items()
+    }
+
+
+def _text(value: float | None, form: str, nothing: str = "") -> str:
+    return nothing if value is None else format(value, form)
