@@ -9,8 +9,11 @@ from typing import Any
 import click
 
 from mixerzoo import __version__
+from mixerzoo.compare.command import compare_command
 from mixerzoo.errors import MixerzooError
+from mixerzoo.export.command import export_command
 from mixerzoo.library_commands import library_group
+from mixerzoo.predict.command import predict_command
 
 
 class Group(click.Group):
@@ -143,6 +146,9 @@ def ui(tracking_uri: str | None, port: int) -> None:
 
 
 main.add_command(library_group)
+main.add_command(export_command)
+main.add_command(predict_command)
+main.add_command(compare_command)
 
 
 if __name__ == "__main__":

@@ -7,20 +7,19 @@ computes is compared with PyTorch once, since the latency of something else is w
 
 from __future__ import annotations
 
-import importlib
-import io
 import tempfile
 import types
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from mixerzoo.errors import MixerzooError
+from mixerzoo.export.onnx import PACKAGES as ONNX_PACKAGES
+from mixerzoo.export.onnx import export_onnx, onnx_packages, open_session
+from mixerzoo.export.quiet import quietly, reason
 from mixerzoo.spec import RuntimeSpec
 
 Run = Callable[[], object]
@@ -28,8 +27,6 @@ Run = Callable[[], object]
 # Largest difference from PyTorch, relative to the largest output, that is rounding. Compiled code keeps float32
 # inside of fused operations where PyTorch rounds after each, hence the others.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-ONNX_PACKAGES = ("onnxruntime", "onnx", "onnxscript")
-REASON_CHARS = 200
 # Students share the code of their modules: PyTorch's limits would send all but the first few back to eager.
 ANY_NUMBER = {"recompile_limit": 10_000, "accumulated_recompile_limit": 100_000}
 
@@ -67,12 +64,12 @@ def prepare_onnxruntime(model: nn.Module, example: torch.Tensor) -> Run:
             f"runtime 'onnxruntime' runs float32 on the CPU, not {dtype} on {example.device}; "
             "use --dtype float32 --device cpu, or --runtime inductor"
         )
-    ort = _onnx_packages()
+    ort = onnx_packages("runtime 'onnxruntime'")
     expected = _output(prepare_eager(model, example))
     with tempfile.TemporaryDirectory(prefix="mixerzoo-") as folder, _preparing("onnxruntime", "exported"):
         path = Path(folder) / "model.onnx"
-        _export(model, example, path)
-        session = ort.InferenceSession(str(path), _session_options(ort), providers=["CPUExecutionProvider"])
+        export_onnx(model, example, path)
+        session = open_session(ort, path, torch.get_num_threads())
     inputs = {session.get_inputs()[0].name: example.numpy()}
 
     def run() -> object:
@@ -120,60 +117,16 @@ def _with_its_own_code(model: nn.Module, example: torch.Tensor) -> Run:
     return types.FunctionType(forward.__code__.replace(), globals(), "forward", closure=forward.__closure__)
 
 
-def _onnx_packages() -> Any:
-    """Return onnxruntime, once it is certain that what the export needs is there too."""
-    for name in ONNX_PACKAGES:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise MixerzooError(
-                f"runtime 'onnxruntime': package '{name}' cannot be imported ({error}); "
-                "pip install 'mixerzoo[onnx]'"
-            ) from None
-    return importlib.import_module("onnxruntime")
-
-
-def _export(model: nn.Module, example: torch.Tensor, path: Path) -> None:
-    with torch.no_grad():
-        program = torch.onnx.export(model, (example,), dynamo=True, verbose=False)
-    assert program is not None
-    program.save(path)  # weights go into a file of their own where they are too large for one message
-
-
-def _session_options(ort: Any) -> Any:
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    # Threads that go on spinning after a run would slow down the subject that is timed next.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return options
-
-
 @contextmanager
 def _preparing(runtime: str, done: str) -> Iterator[None]:
-    """Turn whatever goes wrong inside the block into one line; the model itself ran before.
-
-    Compilers and exporters warn of what they are made of, which nobody here can mend, and print graphs that fail.
-    """
+    """Turn whatever goes wrong inside the block into one line; the model itself ran before."""
     try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with quietly():
             yield
     except Exception as error:
         raise MixerzooError(
-            f"runtime '{runtime}': the model cannot be {done} ({_reason(error)}); {_way_out(error)}"
+            f"runtime '{runtime}': the model cannot be {done} ({reason(error)}); {_way_out(error)}"
         ) from error
-
-
-def _reason(error: BaseException) -> str:
-    """Return what lies at the bottom of an error: compilers and exporters wrap it in pages of advice."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = " ".join(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())
-    short = text if len(text) <= REASON_CHARS else f"{text[:REASON_CHARS]}..."
-    return f"{type(error).__name__}: {short}"
 
 
 def _way_out(error: BaseException) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from mixerzoo.data import ImageConfig
 from mixerzoo.errors import MixerzooError, did_you_mean
 from mixerzoo.files import read_json, write_json, write_tensors
 from mixerzoo.hosts import Host, Replacement, Teacher
@@ -22,6 +24,7 @@ from mixerzoo.spec import Site
 
 PLAN_FILE = "plan.json"
 WEIGHTS_FILE = "model.safetensors"
+PLAN_KEY = "mixerzoo"  # the metadata of a single safetensors file that holds the content of plan.json
 SCHEMA = 1
 
 
@@ -42,7 +45,7 @@ def make_replacement(
         MixerzooError: for an unknown mixer, or weights that do not fit it.
     """
     spec = get_registry().mixers.get(candidate.mixer)
-    mixer = spec.make(site, candidate.width)
+    mixer = spec.make(site, candidate.width, dict(candidate.sizes))
     if state is not None:
         try:
             mixer.load_state_dict(dict(state))
@@ -66,6 +69,7 @@ def save_student(folder: Path, student: Student, teacher: Teacher) -> None:
             "teacher": teacher.name,
             "architecture": teacher.host.architecture(teacher.model),
             "host": teacher.host.name,
+            "host_plugin": _host_plugin(teacher.host.name),
             "image": {
                 "size": teacher.image.size,
                 "mean": teacher.image.mean,
@@ -80,60 +84,83 @@ def save_student(folder: Path, student: Student, teacher: Teacher) -> None:
     )
 
 
-def load_student(folder: Path, *, model: nn.Module | None = None) -> Student:
+def read_plan(path: Path) -> dict[str, Any]:
+    """Return what `plan.json` in a student's folder says, or the metadata of a single file.
+
+    Raises:
+        MixerzooError: if it is not there, or not JSON; its fields are looked at by `load_student`.
+    """
+    if not path.is_file():
+        content = read_json(path / PLAN_FILE)
+        where = path / PLAN_FILE
+    else:
+        try:
+            with safe_open(path, framework="pt") as file:
+                text = (file.metadata() or {}).get(PLAN_KEY)
+            content, where = None if text is None else json.loads(text), path
+        except (SafetensorError, OSError, ValueError) as error:
+            raise MixerzooError(f"'{path}': not readable as a student ({error})") from None
+        if content is None:
+            raise MixerzooError(
+                f"'{path}': weights without a plan; give a student's folder, "
+                "or a file of `mixerzoo export --format safetensors`"
+            )
+    if not isinstance(content, dict):
+        raise MixerzooError(f"'{where}': not a plan of mixerzoo (it holds a {type(content).__name__})")
+    return content
+
+
+def image_config(content: Mapping[str, Any]) -> ImageConfig:
+    """Return how images were prepared for a student's teacher, from the content of `plan.json`.
+
+    Raises:
+        MixerzooError: if it does not say so.
+    """
+    try:
+        said = content["image"]
+        lists = {name: tuple(said[name]) for name in ("size", "mean", "std")}
+        return ImageConfig(**{**said, **lists})
+    except (LookupError, TypeError) as error:
+        raise MixerzooError(f"plan: how its images are prepared cannot be read ({error!r})") from None
+
+
+def load_student(path: Path, *, model: nn.Module | None = None) -> Student:
     """Rebuild a student from its folder; reads JSON and safetensors only, and builds registered mixers only.
 
     Args:
-        folder: holds `plan.json` and `model.safetensors`.
+        path: holds `plan.json` and `model.safetensors`; or one safetensors file with the plan in its metadata.
         model: an instance of the teacher's architecture, for teachers that cannot be built by name; it is
             copied.
 
     Raises:
-        MixerzooError: if something is missing or does not fit; a missing plugin is named with its version.
+        MixerzooError: if something is missing or does not fit; missing plugins are named with their versions.
     """
-    content = read_json(folder / PLAN_FILE)
+    content = read_plan(path)
+    single = path.is_file()
     try:
         plan = Plan.from_json(content["plan"])
         sites = [Site.from_json(site) for site in content["sites"]]
-        plugins: dict[str, str] = content["plugins"]
+        plugins: dict[str, str] = dict(content["plugins"].items())
         architecture: dict[str, Any] | None = content["architecture"]
         host_name: str = content["host"]
-        needed = plugins.items()
     except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise MixerzooError(f"'{folder / PLAN_FILE}': not a plan of mixerzoo ({error!r})") from None
-    registry = get_registry()
-    for mixer, origin in needed:
-        if mixer not in registry.mixers:
-            raise MixerzooError(f"'{folder}' needs mixer '{mixer}' of {origin}; install that distribution")
-    if model is None:
-        if architecture is None:
-            raise MixerzooError(
-                f"'{folder}': its teacher '{content['teacher']}' cannot be built by name; "
-                "pass an instance of it: mixerzoo.load(folder, model=...)"
-            )
-        host: Host = registry.hosts.get(host_name)
-        try:
-            model = host.create(architecture)
-        except MixerzooError:
-            raise
-        except Exception as error:  # the file's words go to the model's library, which may raise anything
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise MixerzooError(
-                f"'{folder}': its teacher cannot be rebuilt ({reason}); "
-                "pass an instance of it: mixerzoo.load(folder, model=...)"
-            ) from None
-    else:
-        model = copy.deepcopy(model)
+        where = path if single else path / PLAN_FILE
+        raise MixerzooError(f"'{where}': not a plan of mixerzoo ({error!r})") from None
+    _demand_plugins(path, plugins)
+    model = _create(path, architecture, host_name, content) if model is None else copy.deepcopy(model)
     _put(model, plan, sites)
+    file = path if single else path / WEIGHTS_FILE
     try:
-        weights = load_file(folder / WEIGHTS_FILE)
+        weights = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise MixerzooError(f"'{folder / WEIGHTS_FILE}': not readable ({error})") from None
+        raise MixerzooError(f"'{file}': not readable ({error})") from None
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         first = str(error).splitlines()[1:2] or [str(error)]
-        raise MixerzooError(f"'{folder / WEIGHTS_FILE}' does not fit its plan ({first[0].strip()})") from None
+        raise MixerzooError(
+            f"'{file}' does not fit its plan ({first[0].strip()}){_other_versions(plugins)}"
+        ) from None
     return Student(plan=plan, model=model.eval())
 
 
@@ -141,7 +168,7 @@ def load(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
     """Return the student in a folder such as `runs/x/best`, in eval mode: images (B, C, H, W) to its output.
 
     Args:
-        path: the folder, or the run directory that holds it.
+        path: the folder, the run directory that holds it, or a file of `mixerzoo export --format safetensors`.
         model: an instance of the teacher's architecture, for teachers that cannot be built by name.
 
     Raises:
@@ -151,6 +178,64 @@ def load(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
     if not (folder / PLAN_FILE).exists() and (folder / "best" / PLAN_FILE).exists():
         folder = folder / "best"
     return load_student(folder, model=model).model
+
+
+def _host_plugin(name: str) -> str | None:
+    hosts = get_registry().hosts
+    return str(hosts.origin(name)) if name in hosts else None
+
+
+def _demand_plugins(path: Path, plugins: Mapping[str, str]) -> None:
+    """Raise MixerzooError if a mixer is missing; one whose plugin is there and broken is told from one that is not."""
+    registry = get_registry()
+    missing = {mixer: origin for mixer, origin in plugins.items() if mixer not in registry.mixers}
+    if not missing:
+        return
+    named = ", ".join(f"mixer '{mixer}' of {origin}" for mixer, origin in missing.items())
+    names = {str(origin).rpartition(" ")[0] for origin in missing.values()}
+    broken = [plugin for plugin in registry.broken if plugin.origin.distribution in names]
+    if broken:
+        way_out = f"plugin {broken[0].origin} is there and does not load: {broken[0].error}"
+    else:
+        way_out = "install that distribution" if len(names) == 1 else "install those distributions"
+    raise MixerzooError(f"'{path}' needs {named}; {way_out}")
+
+
+def _create(
+    path: Path, architecture: Mapping[str, Any] | None, host_name: str, content: Mapping[str, Any]
+) -> nn.Module:
+    """Build the untrained teacher."""
+    if architecture is None:
+        raise MixerzooError(
+            f"'{path}': its teacher '{content.get('teacher')}' cannot be built by name; "
+            "pass an instance of it: mixerzoo.load(folder, model=...)"
+        )
+    registry, plugin = get_registry(), content.get("host_plugin")
+    if plugin is not None and host_name not in registry.hosts:
+        raise MixerzooError(
+            f"unknown host '{host_name}': '{path}' needs it of {plugin}; install that distribution"
+        )
+    host: Host = registry.hosts.get(host_name)
+    try:
+        return host.create(architecture)
+    except MixerzooError:
+        raise
+    except Exception as error:  # the file's words go to the model's library, which may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise MixerzooError(
+            f"'{path}': its teacher cannot be rebuilt ({reason}); "
+            "pass an instance of it: mixerzoo.load(folder, model=...)"
+        ) from None
+
+
+def _other_versions(plugins: Mapping[str, str]) -> str:
+    """Return, for weights that do not fit, which plugins are not those that the student was made with."""
+    mixers = get_registry().mixers
+    here = {mixer: str(mixers.origin(mixer)) for mixer in plugins}
+    others = sorted(
+        {f"{there}, here is {here[mixer]}" for mixer, there in plugins.items() if there != here[mixer]}
+    )
+    return f"; it was made with {'; '.join(others)}" if others else ""
 
 
 def _put(model: nn.Module, plan: Plan, sites: Sequence[Site]) -> None:

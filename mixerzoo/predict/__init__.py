@@ -1,0 +1,1 @@
+"""`mixerzoo predict`: what a student, or an exported ONNX file, sees in images."""
