@@ -39,7 +39,17 @@ from mixerzoo.spec import MixerSpec, Site
 LOCK = "library.lock"  # marks a folder as a library, and is shared by the processes that use it
 CHECK = "check"  # of an entry: the hash of the rest
 KEY = re.compile(r"[0-9a-f]{24}")
-MAKING = ("capture", "data", "distill", "objectives", "pairs", "readout", "ridge", "statistics")
+MAKING = (
+    "capture",
+    "data",
+    "distill",
+    "elimination",
+    "objectives",
+    "pairs",
+    "readout",
+    "ridge",
+    "statistics",
+)
 DISTILLING = tuple(Path(__file__).with_name(f"{name}.py") for name in MAKING)  # what weights depend on
 
 
@@ -159,6 +169,11 @@ def code_hash(spec: MixerSpec) -> str:
         if function is not None:
             parts += [_name(function), _source_hash(function)]
     return _hash(parts)
+
+
+def build_hash(spec: MixerSpec) -> str:
+    """Return a hash of the code that builds and runs a mixer."""
+    return _hash([_name(spec.build), _source_hash(spec.build)])
 
 
 def _source_hash(function: Callable[..., Any]) -> str:

@@ -14,9 +14,12 @@ from torch import nn
 
 from mixerzoo import Caps, MixerSpec, MixerzooError, hookimpl, runtimes
 from mixerzoo.hosts import assemble, fingerprint
-from mixerzoo.latency import Conditions, Rounds, Stopwatch, environment, threads
+from mixerzoo.latency import Conditions, Rounds, Stopwatch, by_shape, environment, threads
+from mixerzoo.latency.reuse import know
+from mixerzoo.latency.store import LatencyFile
 from mixerzoo.plan import Candidate
-from mixerzoo.registry import temporary_plugin
+from mixerzoo.progress import Reporter
+from mixerzoo.registry import get_registry, temporary_plugin
 from mixerzoo.student import make_replacement
 from mixerzoo_search import search
 
@@ -246,3 +249,27 @@ def test_a_search_under_onnxruntime(tmp_path):
     failed = (result.path / "latency.json").read_text()
     assert "runtime 'onnxruntime': the model cannot be exported" in failed
     assert "undecided@1" not in (result.path / "latency_check.json").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", ["eager", *BOTH])
+def test_every_exportable_mixer_stands_at_all_sites_under_every_runtime(runtime, tmp_path):
+    """Each at its smallest width, in a whole student of its own; one that fails would be named with its reason."""
+
+    class Once(Stopwatch):
+        time = tiny_search.ruled_time  # prepares and runs every student
+
+    teacher = tiny.tiny_teacher()
+    stopwatch = Once(teacher, Conditions(threads=1, runtime=runtime))
+    shelf = get_registry().mixers
+    wanted = {
+        shape: [
+            Candidate(spec.name, min(spec.widths))
+            for spec in shelf
+            if spec.caps.exportable and sites[0].kind in spec.kinds
+        ]
+        for shape, sites in by_shape(teacher.sites).items()
+    }
+    found = know(stopwatch, wanted, LatencyFile(tmp_path, stopwatch), reporter=Reporter(quiet=True))
+    assert {shape: row for shape, row in found.failed.items() if row} == {}
+    assert found.measured == sum(map(len, wanted.values())) > 20

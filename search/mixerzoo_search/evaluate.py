@@ -18,8 +18,9 @@ from mixerzoo_search.additive import AdditiveModel
 from mixerzoo_search.candidates import CandidateLibrary
 
 TRIAL = Rounds(least=7, most=21, precision=0.02)
-FINAL = Rounds(least=15, most=75, precision=0.01)
+FINAL = Rounds(least=15, most=120, precision=0.01, quiet=15)
 SURPRISE = 0.1  # relative difference of measured and predicted latency that calls for a longer measurement
+UNSURE = 0.05  # relative error that does, too
 CACHED_MODULES = 64
 
 
@@ -118,15 +119,16 @@ class Evaluator:
         """Judge and time a student; its stages before `first` are the teacher's."""
         judged = self.judge.evaluate(student, first=first)
         predicted_ms = model.predict_ms(plan)
-        latency_ms = self.latency({"student": student})["student"]
-        if abs(latency_ms / predicted_ms - 1) > SURPRISE:
-            latency_ms = self.latency({"student": student}, rounds=FINAL)["student"]
+        timing = self.stopwatch.time({"student": student}, rounds=TRIAL)["student"]
+        surprising = abs(self.base_ms * timing.ratio / predicted_ms - 1) > SURPRISE
+        if surprising or timing.error > UNSURE:
+            timing = self.stopwatch.time({"student": student}, rounds=FINAL)["student"]
         return PlanResult(
             plan=plan,
             loss=judged.loss,
             agreement=judged.agreement,
             accuracy=judged.accuracy,
-            latency_ms=latency_ms,
+            latency_ms=self.base_ms * timing.ratio,
             predicted_ms=predicted_ms,
             predicted_loss=model.predict_loss(plan),
             params=count_params(student),

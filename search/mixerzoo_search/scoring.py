@@ -170,18 +170,28 @@ def forecast(
 
 
 def measure_scores(context: Context, space: Candidates, title: str) -> Damage:
-    """Return the replace-one loss of every candidate with its best weights; kept by library key in `scores.json`."""
-    known: dict[str, float] = context.run.load("scores") or {}
+    """Return the replace-one loss of every candidate with its best weights; kept by library key in `scores.json`.
+
+    A loss that is not finite, as of a mixer that breaks down on these images, is null there and NaN here: such a
+    candidate is in no plan.
+    """
+    known: dict[str, float | None] = context.run.load("scores") or {}
     best = {(site, c): context.library.best(site, c) for site, row in space.items() for c in row}
     entries = {pair: entry for pair, entry in best.items() if entry is not None}
     todo = [(pair, entry) for pair, entry in entries.items() if entry.key not in known]
     with context.reporter.phase(title, len(todo)) as report:
         for done, ((site, candidate), entry) in enumerate(todo):
             module = context.evaluator.module(site, candidate)
-            known[entry.key] = context.score_judge.evaluate_modules({site: module}).loss
+            loss = context.score_judge.evaluate_modules({site: module}).loss
+            known[entry.key] = loss if math.isfinite(loss) else None
             context.run.store("scores", known)
             report(done + 1)
-    return {pair: known[entry.key] for pair, entry in entries.items()}
+    return {pair: _or_nan(known[entry.key]) for pair, entry in entries.items()}
+
+
+def _or_nan(score: float | None) -> float:
+    """Return a score as `scores.json` has it, NaN for null."""
+    return math.nan if score is None else score
 
 
 def take_steps(context: Context, space: Candidates, table: LatencyTable, closed: Damage) -> Damage:

@@ -367,6 +367,28 @@ def test_scores_are_losses_with_one_site_replaced(started):
         )
 
 
+def test_a_score_that_is_not_finite_is_null_on_disk_and_in_no_plan(started, monkeypatch):
+    context, space, table = started
+    broken = next(site for site, row in space.items() if POOL in row)
+    real = context.score_judge.evaluate_modules
+
+    def evaluate(modules, **options):
+        found = real(modules, **options)
+        bad = broken in modules and type(modules[broken].mixer).__name__ == "Pool"
+        return dataclasses.replace(found, loss=math.nan) if bad else found
+
+    monkeypatch.setattr(context.score_judge, "evaluate_modules", evaluate)
+    scores = scoring.measure_scores(context, space, "scores")
+    assert [pair for pair, loss in scores.items() if not math.isfinite(loss)] == [(broken, POOL)]
+    content = json.loads((context.run.path / "scores.json").read_text(), parse_constant=pytest.fail)
+    assert list(content.values()).count(None) == 1
+    again = scoring.measure_scores(context, space, "scores")
+    assert math.isnan(again[broken, POOL])
+    model = scoring.additive(context, space, table, again)
+    assert POOL not in model.candidates[model.sites.index(broken)]
+    assert POOL in space[broken]
+
+
 def test_scores_are_measured_once_for_the_same_weights(started, make_context, monkeypatch):
     context, space, _ = started
     measured = []

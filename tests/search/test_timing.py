@@ -12,7 +12,7 @@ from torch import nn
 
 from mixerzoo import Caps, MixerSpec, hookimpl
 from mixerzoo.errors import BudgetOutOfReachError, MixerzooError
-from mixerzoo.latency import Conditions, Stopwatch
+from mixerzoo.latency import Conditions, Stopwatch, Timing, reuse
 from mixerzoo.plan import Candidate
 from mixerzoo.progress import Reporter
 from mixerzoo.registry import get_registry, temporary_plugin
@@ -165,7 +165,7 @@ def test_the_table_is_on_the_scale_of_the_run(context):
 def test_the_table_is_measured_once(context, monkeypatch):
     candidates = candidates_of(context, "none")
     first = latency_table(context, candidates)
-    monkeypatch.setattr(timing, "measure_table", None)
+    monkeypatch.setattr(timing, "know", None)
     assert latency_table(context, candidates) == first
 
 
@@ -194,11 +194,54 @@ def test_a_candidate_that_cannot_run_takes_for_ever(context):
     assert stored["failed"]["blocks.0.attn"] == {"fails@1": "ValueError: no idea"}
 
 
+def measured_in(context, monkeypatch):
+    """Return a list that every candidate that is timed in place is added to."""
+    seen, real = [], reuse.measure_in_place
+
+    def measure(stopwatch, part, **others):
+        seen.extend((shape, str(c)) for shape, row in part.items() for c in row)
+        return real(stopwatch, part, **others)
+
+    monkeypatch.setattr(reuse, "measure_in_place", measure)
+    return seen
+
+
+def another(context, name):
+    """Return the context of another search with the same library."""
+    return SimpleNamespace(**{**vars(context), "run": RunDirectory(context.run.path.with_name(name))})
+
+
+def test_another_search_measures_only_what_is_missing(context, monkeypatch):
+    candidates = candidates_of(context, "none", "static", "linear")
+    first = latency_table(context, candidates)
+    seen = measured_in(context, monkeypatch)
+    second = another(context, "second")
+    assert latency_table(second, candidates) == first
+    assert len(seen) == reuse.CHECKED  # whether the table still holds
+    assert second.run.load("latency")["measured"] == 0
+    seen.clear()
+    third = another(context, "third")
+    table = latency_table(third, candidates_of(context, "none", "static", "linear", "pool"))
+    assert [text for _, text in seen[reuse.CHECKED :]] == ["pool@1"]
+    assert table.change_ms["blocks.0.attn"]["pool@1"] < 0
+    stored = third.run.load("latency")
+    assert (stored["measured"], stored["reused"]) == (1, context.run.load("latency")["measured"])
+
+
+def test_a_wider_space_in_the_same_run_keeps_what_there_is(context, monkeypatch):
+    first = latency_table(context, candidates_of(context, "none"))
+    seen = measured_in(context, monkeypatch)
+    wider = latency_table(context, candidates_of(context, "none", "pool"))
+    assert [text for _, text in seen] == ["pool@1"]
+    for site, row in first.change_ms.items():
+        assert row.items() <= wider.change_ms[site].items()
+
+
 def test_what_is_no_candidates_fault_is_raised(context, monkeypatch):
     def breaks(*_, **__):
         raise RuntimeError("the machine is on fire")
 
-    monkeypatch.setattr(timing, "measure_table", breaks)
+    monkeypatch.setattr(reuse, "measure_in_place", breaks)
     with pytest.raises(RuntimeError, match="on fire"):
         latency_table(context, candidates_of(context, "none"))
     assert context.run.load("latency") is None
@@ -206,28 +249,24 @@ def test_what_is_no_candidates_fault_is_raised(context, monkeypatch):
 
 def test_what_was_measured_before_a_stop_is_not_measured_again(context, monkeypatch):
     candidates = candidates_of(context, "none", "static", "linear", "glu_mlp")
-    measure, seen = timing.measure_table, []
+    real, seen = reuse.measure_in_place, []
 
     def stops(stopwatch, part, **others):
         if seen:
             raise KeyboardInterrupt
-        seen.extend(part["blocks.0.attn"])
-        return measure(stopwatch, part, **others)
+        seen.extend(c for row in part.values() for c in row)
+        return real(stopwatch, part, **others)
 
-    monkeypatch.setattr(timing, "PREPARED", 3)
-    monkeypatch.setattr(timing, "measure_table", stops)
+    monkeypatch.setattr(reuse, "PREPARED", 3)
+    monkeypatch.setattr(reuse, "measure_in_place", stops)
     with pytest.raises(KeyboardInterrupt):
         latency_table(context, candidates)
-    assert len(seen) == 3
-
-    def goes_on(stopwatch, part, **others):
-        assert not set(seen) & set(part["blocks.0.attn"])
-        seen.extend(part["blocks.0.attn"])
-        return measure(stopwatch, part, **others)
-
-    monkeypatch.setattr(timing, "measure_table", goes_on)
+    assert seen
+    monkeypatch.setattr(reuse, "measure_in_place", real)
+    later = measured_in(context, monkeypatch)
     table = latency_table(context, candidates)
-    assert seen == list(candidates["blocks.0.attn"])
+    again = later[reuse.CHECKED :]
+    assert not {str(c) for c in seen} & {text for _, text in again}
     assert {site: set(row) for site, row in table.change_ms.items()} == {
         site: {str(c) for c in row} for site, row in candidates.items()
     }
@@ -294,3 +333,17 @@ def test_a_budget_out_of_reach_is_refused_with_figures(context, mixers, budget, 
     enough = float(str(raised.value).rpartition(" ")[2])
     context.settings.budget, context.budget_ms = Budget(ms=enough), enough
     demand_reachable(context, model)
+
+
+def test_a_budget_that_is_only_uncertain_is_not_refused(context):
+    model = additive_of(context, "none")
+
+    def unsure(students, **_):
+        return {"fastest": Timing(median=0.7, low=0.6, high=0.8, ratio=0.68 / 4.1, error=0.3)}
+
+    context.stopwatch.time = unsure
+    context.budget_ms = 0.6
+    demand_reachable(context, model)
+    context.budget_ms = 0.4
+    with pytest.raises(BudgetOutOfReachError):
+        demand_reachable(context, model)

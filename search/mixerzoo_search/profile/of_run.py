@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,10 @@ def profile_run(path: Path, *, command: str = "") -> report.Profile:
         ) from None
 
 
-def _scores(evidence: list[Evidence], scores: Mapping[str, float]) -> dict[Any, float]:
-    """Return the scores of the weights that count."""
-    return {one.clue.key: float(scores[one.key]) for one in evidence if one.key in scores}
+def _scores(evidence: list[Evidence], scores: Mapping[str, float | None]) -> dict[Any, float]:
+    """Return the scores of the weights that count; one that is not finite is NaN."""
+    found = {one.clue.key: scores[one.key] for one in evidence if one.key in scores}
+    return {key: math.nan if score is None else float(score) for key, score in found.items()}
 
 
 def _teacher(record: Mapping[str, Any], summary: Mapping[str, Any]) -> report.Teacher:
