@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mixerzoo.capture import MAP_IMAGES, capture
+from mixerzoo.elimination import importance
 from mixerzoo.spec import AttentionView, MlpView
 
 IMAGES = 11
@@ -68,17 +69,17 @@ def test_mean_maps_are_the_mean_of_the_maps(both):
         assert torch.equal(view.out_weight, module.proj.weight)
 
 
-def test_importance_is_the_size_of_a_unit_times_its_reach(both):
+def test_importance_is_what_is_lost_with_a_unit(both):
     teacher, found, direct = both
     for site in teacher.sites:
         if site.kind != "mlp":
             continue
         module = teacher.model.get_submodule(site.name)
         hidden = teacher.host.hidden_units(module, direct[site.name][0])
-        expected = hidden.square().mean((0, 1)).sqrt() * module.fc2.weight.norm(dim=0)
+        expected = importance(hidden.flatten(0, 1).double().T.cov(correction=0), module.fc2.weight)
         view = found.sites[site.name].view
         assert isinstance(view, MlpView)
-        torch.testing.assert_close(view.importance, expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(view.importance, expected, rtol=1e-2, atol=1e-4)
 
 
 def test_contribution_is_what_is_added_over_what_it_is_added_to(both):

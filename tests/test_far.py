@@ -21,6 +21,7 @@ from torch.nn import functional as F
 import mixerzoo
 from mixerzoo.cli import main
 from mixerzoo.data import ImageConfig, image_batches, open_npz
+from mixerzoo.denormals import tiny_as_zero
 from mixerzoo.errors import MixerzooError
 from mixerzoo.hosts import Replacement, assemble
 from mixerzoo.opening import open_teacher
@@ -38,7 +39,7 @@ from mixerzoo_search.far.student import (
     start_student,
 )
 from mixerzoo_search.far.token_correlation import measure, pairs, pearson, token_similarity
-from mixerzoo_search.far.training import Pace, Standing, Trainer, learning_rate, tiny_as_zero
+from mixerzoo_search.far.training import Pace, Standing, Trainer, learning_rate
 
 LSTM = Candidate("multihead_lstm")
 SCRIPT = Path(__file__).parent / "tiny_search.py"

@@ -16,10 +16,10 @@ import tiny_search
 from tiny_search import check_summary
 
 from mixerzoo.errors import MixerzooError
-from mixerzoo.latency import Stopwatch
+from mixerzoo.latency import Stopwatch, reuse
 from mixerzoo.registry import temporary_plugin
 from mixerzoo.tracking import Tracker
-from mixerzoo_search import candidates, evaluate, finish, search, timing
+from mixerzoo_search import candidates, evaluate, finish, search
 from mixerzoo_search.run_directory import RunDirectory
 
 SCRIPT = Path(__file__).parent / "tiny_search.py"
@@ -266,7 +266,7 @@ def test_a_finished_search_evaluates_nothing_again(here, monkeypatch):
         raise AssertionError("this was done already")
 
     for module, name in (
-        (candidates, "distill"), (timing, "measure_table"), (finish, "finetune"), (finish, "refit"),
+        (candidates, "distill"), (reuse, "measure_in_place"), (finish, "finetune"), (finish, "refit"),
         (evaluate.Evaluator, "evaluate"), (evaluate.Evaluator, "evaluate_student"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, again)

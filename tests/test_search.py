@@ -91,7 +91,8 @@ def test_the_run_directory_holds_what_is_promised(finished):
     assert (path / "report.png").read_bytes().startswith(b"\x89PNG")
     page = (path / "report.html").read_text()
     assert page.lower().startswith("<!doctype html>")
-    files = {"library.lock"} | {f"{key}.{kind}" for key in index_of(path) for kind in ("json", "safetensors")}
+    files = {"library.lock", "latency"}
+    files |= {f"{key}.{kind}" for key in index_of(path) for kind in ("json", "safetensors")}
     assert {file.name for file in (path / "library").iterdir()} == files
     record = json.loads((path / "run.json").read_text())
     assert record["identity"]["seed"] == 0

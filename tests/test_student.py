@@ -7,6 +7,7 @@ import sys
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mixerzoo
@@ -17,7 +18,7 @@ from mixerzoo.hosts import as_teacher, assemble, fingerprint
 from mixerzoo.hosts.timm_vit import TimmVitHost, _timm
 from mixerzoo.opening import open_teacher
 from mixerzoo.plan import Candidate, Plan
-from mixerzoo.registry import get_registry, temporary_plugin
+from mixerzoo.registry import BrokenPlugin, Origin, get_registry, temporary_plugin
 from mixerzoo.student import (
     PLAN_FILE,
     WEIGHTS_FILE,
@@ -217,6 +218,89 @@ def test_a_missing_plugin_is_named_with_its_version(tmp_path):
         MixerzooError, match="needs mixer 'mine' of mixerzoo-mine 0; install that distribution"
     ):
         load(tmp_path, model=tiny.tiny_vit())
+
+
+def test_all_missing_plugins_are_named(saved):
+    folder, _ = saved
+    change(folder, plugins={"a": "mixerzoo-one 1.0", "b": "mixerzoo-two 2.0", "pool": "mixerzoo 0.1.0"})
+    with pytest.raises(
+        MixerzooError, match=r"needs mixer 'a' of mixerzoo-one 1.0, mixer 'b' of mixerzoo-two 2.0; "
+    ) as e:
+        load(folder)
+    assert str(e.value).endswith("install those distributions")
+
+
+def test_a_plugin_that_is_there_and_broken_is_told_from_a_missing_one(saved, monkeypatch):
+    folder, _ = saved
+    change(folder, plugins={"a": "mixerzoo-one 1.0"})
+    origin = Origin(plugin="one", distribution="mixerzoo-one", version="1.1")
+    broken = [BrokenPlugin(origin=origin, error="ImportError: no module named 'x'")]
+    monkeypatch.setattr(get_registry(), "broken", broken)
+    with pytest.raises(
+        MixerzooError, match=r"plugin mixerzoo-one 1.1 is there and does not load: ImportError: no"
+    ):
+        load(folder)
+
+
+def test_a_missing_host_is_named_with_its_distribution(saved):
+    folder, _ = saved
+    assert read_json(folder / PLAN_FILE)["host_plugin"] == str(get_registry().hosts.origin("timm"))
+    change(folder, host="theirs", host_plugin="mixerzoo-theirs 1.2")
+    with pytest.raises(
+        MixerzooError, match=r"unknown host 'theirs': .* needs it of mixerzoo-theirs 1.2; install"
+    ):
+        load(folder)
+
+
+def test_another_version_of_a_plugin_is_named_where_the_weights_do_not_fit(saved, named):
+    folder, _ = saved
+    content = read_json(folder / PLAN_FILE)
+    change(folder, plugins=content["plugins"] | {"pool": "mixerzoo 0.0.1"})
+    load(folder)  # it does no harm by itself
+    plan = content["plan"] | {"blocks.0.attn": "pool@1"}
+    change(folder, plan=plan)
+    with pytest.raises(
+        MixerzooError, match=r"not fit its plan .*; it was made with mixerzoo 0\.0\.1, here is mixerzoo"
+    ):
+        load(folder)
+
+
+# One file
+
+
+def test_one_file_with_the_plan_in_it_will_do(saved):
+    folder, student = saved
+    write_one_file(folder, json.dumps(read_json(folder / PLAN_FILE)))
+    assert torch.equal(outputs(load(folder.parent / "one.safetensors")), outputs(student.model))
+    assert load_student(folder.parent / "one.safetensors").plan == student.plan
+
+
+def write_one_file(folder, text):
+    metadata = {} if text is None else {"mixerzoo": text}
+    save_file(load_file(folder / WEIGHTS_FILE), folder.parent / "one.safetensors", metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"one\.safetensors': weights without a plan; give a student's folder"),
+        ("{", r"one\.safetensors': not readable as a student"),
+        ("[]", r"one\.safetensors': not a plan of mixerzoo \(it holds a list\)"),
+        ("{}", r"one\.safetensors': not a plan of mixerzoo \(KeyError"),
+    ],
+)
+def test_one_file_without_a_plan(saved, text, message):
+    folder, _ = saved
+    write_one_file(folder, text)
+    with pytest.raises(MixerzooError, match=message):
+        load(folder.parent / "one.safetensors")
+
+
+def test_one_file_that_is_none(saved):
+    folder, _ = saved
+    (folder.parent / "one.safetensors").write_bytes(b"words")
+    with pytest.raises(MixerzooError, match=r"one\.safetensors': not readable as a student"):
+        load(folder.parent / "one.safetensors")
 
 
 def test_nothing_there(tmp_path):

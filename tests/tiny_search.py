@@ -133,7 +133,7 @@ def check_summary(summary, *, labelled=True):
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     assert set(summary) == {
         "schema", "teacher", "budget_ms", "met", "best", "pareto", "hypervolume", "evaluations", "latency_model",
-        "score_model", "wall_s", "environment",
+        "score_model", "finetuning", "wall_s", "environment",
     }  # fmt: skip
     teacher = summary["teacher"]
     assert set(teacher) == {"name", "sites", "params", "latency_ms", "accuracy"}
@@ -161,6 +161,10 @@ def check_summary(summary, *, labelled=True):
     assert set(summary["score_model"]) == {"spearman", "plans"}
     for model in ("latency_model", "score_model"):
         assert -1 <= summary[model]["spearman"] <= 1
+    tuned = summary["finetuning"]
+    assert set(tuned) == {"plans", "seconds", "spearman", "rounds"}
+    assert tuned["spearman"] is None or -1 <= tuned["spearman"] <= 1
+    assert [len(row["plans"]) for row in tuned["rounds"][:1]] == ([tuned["plans"]] if tuned["plans"] else [])
     assert set(summary["wall_s"]) == PHASES | {"total"}
     assert all(seconds >= 0 for seconds in summary["wall_s"].values())
     assert math.isclose(summary["wall_s"]["total"], sum(summary["wall_s"][name] for name in PHASES))

@@ -221,12 +221,12 @@ def _grouped(rows: Iterable[tuple[str, str, str]]) -> list[str]:
 
 
 def _far(options: dict[str, Any], reporter: Reporter) -> None:
+    from mixerzoo.denormals import tiny_as_zero
     from mixerzoo.opening import open_data, open_teacher
     from mixerzoo.plan import Candidate
     from mixerzoo_search.far.report import closing_lines
     from mixerzoo_search.far.run import run_far
     from mixerzoo_search.far.settings import FarSettings
-    from mixerzoo_search.far.training import tiny_as_zero
     from mixerzoo_search.run_directory import RunDirectory
 
     minutes, epochs = options["minutes"], options["epochs"]

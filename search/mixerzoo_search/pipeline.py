@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
-from collections.abc import Sequence
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from optuna.study import Study
 
-from mixerzoo.data import Dataset
-from mixerzoo.errors import MixerzooError
 from mixerzoo.files import write_json, write_text
-from mixerzoo.hosts import Teacher, assemble
-from mixerzoo.latency import REFERENCE, Conditions, Stopwatch, check_device, environment, threads
-from mixerzoo.library import check_folder
+from mixerzoo.latency import threads
 from mixerzoo.plan import Plan
-from mixerzoo.progress import Reporter
-from mixerzoo.registry import get_registry
 from mixerzoo.student import Student, save_student
 from mixerzoo.tracking import Tracker
 from mixerzoo_search import exact
 from mixerzoo_search.additive import AdditiveModel
-from mixerzoo_search.candidates import Candidates, list_candidates
+from mixerzoo_search.beginning import Opened, begin_run, library_of
+from mixerzoo_search.candidates import Candidates
 from mixerzoo_search.context import Context
-from mixerzoo_search.evaluate import FINAL, PlanResult
+from mixerzoo_search.evaluate import PlanResult
 from mixerzoo_search.finish import finish
 from mixerzoo_search.journal import Journal
 from mixerzoo_search.report import write_report
 from mixerzoo_search.results import make_report, model_card
 from mixerzoo_search.run_directory import RunDirectory
 from mixerzoo_search.scoring import Scored, additive, distill_closed_form, score, useful
-from mixerzoo_search.settings import Settings
-from mixerzoo_search.study import check_storage, evaluations, open_study, run_study
+from mixerzoo_search.study import disconnect, evaluations, open_study, run_study, without_password
 from mixerzoo_search.summary import Findings, frontier_of, summarize
-from mixerzoo_search.timing import calibrate, demand_candidates, demand_reachable, latency_table
+from mixerzoo_search.taking_over import take_evaluations, take_latency_check, weights_of
+from mixerzoo_search.timing import LatencyQuality, calibrate, demand_reachable, latency_table
+from mixerzoo_search.turns import PoliteStopwatch, Turns
+from mixerzoo_search.workers import Worker
 
 NAMED = 3  # unreadable images that are named on the terminal; `run.json` has them all
 SWEEP = 12  # budgets of the exact frontier
@@ -56,119 +56,112 @@ class SearchResult:
         return self.path / "best"
 
 
-def run_search(
-    settings: Settings,
-    teacher: Teacher,
-    data: Dataset,
-    run: RunDirectory,
-    *,
-    reporter: Reporter,
-    library: Path | None,
-    storage: str | None,
-    tracking_uri: str | None,
-) -> SearchResult:
-    """Check everything that can be checked, then run all phases and write the results.
+def lead(opened: Opened) -> SearchResult:
+    """Run all phases and write the results; the caller holds the run's lock.
 
     Raises:
-        MixerzooError: for anything the user can mend; nothing is written then.
+        MixerzooError: for anything the user can mend.
         BudgetOutOfReachError: if even the fastest plan is over the budget.
     """
-    check_device(settings.device, settings.dtype)
-    conditions = Conditions(
-        batch_size=settings.batch_size,
-        threads=settings.threads,
-        dtype=settings.dtype,
-        device=settings.device,
-        runtime=settings.runtime,
-    )
-    stopwatch = Stopwatch(teacher, conditions)
-    candidates = list_candidates(teacher.sites, mixers=settings.mixers, widths=settings.widths)
-    demand_candidates(candidates, stopwatch.runtime)
-    identity = settings.identity() | {
-        "teacher_fingerprint": teacher.fingerprint[:16],
-        "data_fingerprint": data.fingerprint[:16],
-        "plugins": get_registry().versions(),
-        "space": {site: [str(c) for c in row] for site, row in candidates.items()},
-    }
-    resumed = run.check(identity)
-    library = run.library if library is None else library
-    if library.resolve() == run.path.resolve():
-        raise MixerzooError(f"run directory '{run.path}' is the library's; give another --out or --library")
-    check_folder(library)
-    if storage is not None:
-        check_storage(storage)
-    if data.skipped:
-        reporter.note(
-            f"data '{data.name}': {len(data.skipped)} images cannot be read and are left out "
-            f"({', '.join(data.skipped[:NAMED])}{', ...' if len(data.skipped) > NAMED else ''})"
+    asked, run, settings = opened.asked, opened.run, opened.asked.settings
+    if asked.data.skipped:
+        asked.reporter.note(
+            f"data '{asked.data.name}': {len(asked.data.skipped)} images cannot be read and are left out "
+            f"({', '.join(asked.data.skipped[:NAMED])}{', ...' if len(asked.data.skipped) > NAMED else ''})"
         )
     with threads(settings.threads):
-        teacher_ms = run.record()["teacher_ms"] if resumed else _time_teacher(stopwatch)
-        tracker = Tracker(tracking_uri, f"mixerzoo {teacher.name}")
-        if resumed:
-            run.note(library=run.name_of(library))
-        else:
-            run.start(
-                identity,
-                library=run.name_of(library),
-                teacher_ms=teacher_ms,
-                environment=environment(conditions),
-                skipped_images=list(data.skipped),
-                command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            )
-        context = Context(
-            settings=settings,
-            teacher=teacher,
-            data=data,
-            run=run,
-            reporter=reporter,
-            stopwatch=stopwatch,
-            teacher_ms=teacher_ms,
-            budget_ms=settings.budget.in_ms(teacher_ms),
+        resumed = run.check(opened.identity)
+        library = library_of(asked, run)
+        tracker = Tracker(asked.tracking_uri, f"mixerzoo {asked.teacher.name}")
+        if not resumed:
+            begin_run(opened, library)
+        run.note(
+            library=run.name_of(library),
+            study=run.study,
+            storage=None if asked.storage is None else without_password(asked.storage),
+            trials=settings.trials,
+            minutes=settings.minutes,
+            memory_limit=settings.memory_limit,
+            phase="before the study",
         )
-        journal = Journal(tracker, run, settings, teacher)
+        context = opened.context(run, run.record()["teacher_ms"])
+        journal = Journal(tracker, run, settings, asked.teacher)
         try:
-            findings = _run_phases(context, candidates, journal, storage)
+            findings = _run_phases(context, opened, journal)
             summary = _write(context, findings, journal)
         except BaseException as error:
             journal.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
         journal.finish("FINISHED")
+        run.note(phase="finished")
+        shutil.rmtree(worker_of(run).folder, ignore_errors=True)
     return SearchResult(path=run.path, summary=summary)
 
 
-def _run_phases(context: Context, candidates: Candidates, journal: Journal, storage: str | None) -> Findings:
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What the study goes by.
+
+    Attributes:
+        model: scores and latencies, corrected.
+        quality: how well latencies are predicted.
+        scored: the prior.
+        line: the exact frontier, whose plans are evaluated first.
+    """
+
+    model: AdditiveModel
+    quality: LatencyQuality
+    scored: Scored
+    line: list[exact.Solution]
+
+
+def prepare(context: Context, candidates: Candidates, *, check_budget: bool = True) -> Prepared:
+    """Make what comes before the study, or read what was made of it.
+
+    Raises:
+        BudgetOutOfReachError: if even the fastest plan is over the budget, where that is checked.
+    """
     run = context.run
     with run.timed("latency"):
         table = latency_table(context, candidates)
-        demand_reachable(context, additive(context, candidates, table, {}))
+        if check_budget:
+            demand_reachable(context, additive(context, candidates, table, {}))
     distilled = distill_closed_form(context, useful(context, candidates, table), table)
     with run.timed("score"):
         scored = score(context, distilled, table)
     context.release_activations()
     with run.timed("latency"):
+        take_latency_check(context, scored.model)
         model, quality = calibrate(context, scored.model)
     with run.timed("exact"):
         line = _exact_plans(context, model)
-    with run.timed("study"):
-        results = _study(context, model, scored, [solution.plan for solution in line], journal, storage)
+    return Prepared(model=model, quality=quality, scored=scored, line=line)
+
+
+def _run_phases(context: Context, opened: Opened, journal: Journal) -> Findings:
+    run, asked = context.run, opened.asked
+    prepared = prepare(context, opened.candidates)
+    with run.timed("study"), study_of(context, prepared, opened) as study:
+        taken = take_evaluations(context, study, prepared.model)
+        if taken:
+            asked.reporter.note(f"{taken} plans are in the study as another run has evaluated them")
+        run.note(phase="study")
+        for result in evaluations(study):
+            journal.log(result)  # what a killed process had evaluated and not yet logged
+        results = work(context, prepared, study, worker_of(run), journal=journal)
+        run.note(phase="after the study")
     with run.timed("finetune"):
-        outcome = finish(context, results, model)
+        outcome = finish(context, results, prepared.model)
     for result in outcome.results:
         journal.log(result)
     return Findings(
-        candidates=candidates,
-        line=line,
-        latency_quality=quality,
+        candidates=opened.candidates,
+        line=prepared.line,
+        latency_quality=prepared.quality,
         results=results,
         outcome=outcome,
-        prior=scored.prior_table,
+        prior=prepared.scored.prior_table,
     )
-
-
-def _time_teacher(stopwatch: Stopwatch) -> float:
-    again = {"again": assemble(stopwatch.teacher.model, {})}
-    return stopwatch.time(again, rounds=FINAL)[REFERENCE].median
 
 
 def _exact_plans(context: Context, model: AdditiveModel) -> list[exact.Solution]:
@@ -180,42 +173,68 @@ def _exact_plans(context: Context, model: AdditiveModel) -> list[exact.Solution]
     return sorted(plans.values(), key=lambda solution: solution.ms)
 
 
-def _study(
-    context: Context,
-    model: AdditiveModel,
-    scored: Scored,
-    seeds: Sequence[Plan],
-    journal: Journal,
-    storage: str | None,
-) -> list[PlanResult]:
-    """Search the true loss and latency of stitched students."""
+@contextmanager
+def study_of(context: Context, prepared: Prepared, opened: Opened) -> Iterator[Study]:
+    """Open the run's study for the block; one of that name that belongs to another search is refused."""
+    storage = opened.asked.storage or f"sqlite:///{(context.run.path / 'study.db').resolve()}"
+    owner = json.dumps([opened.identity, context.teacher_ms])
     settings = context.settings
     study = open_study(
-        storage or f"sqlite:///{(context.run.path / 'study.db').resolve()}",
-        context.run.path.name,
-        model=model,
-        prior=scored.prior,
+        storage,
+        context.run.study,
+        model=prepared.model,
+        prior=prepared.scored.prior,
         budget_ms=context.budget_ms,
-        seed=settings.seed,
+        seed=settings.seed if settings.study_seed is None else settings.study_seed,
+        owner=hashlib.sha256(owner.encode()).hexdigest()[:16],
     )
-    for result in evaluations(study):
-        journal.log(result)  # what a killed process had evaluated and not yet logged
+    try:
+        yield study
+    finally:
+        disconnect(study._storage)
+
+
+def worker_of(run: RunDirectory) -> Worker:
+    """Return this process as one of those that work on the run's study."""
+    return Worker(run.path / "workers")
+
+
+def work(
+    context: Context, prepared: Prepared, study: Study, worker: Worker, *, journal: Journal | None
+) -> list[PlanResult]:
+    """Search the true loss and latency of stitched students; without a journal, take part in that."""
+    settings, model = context.settings, prepared.model
+    turns = Turns(worker.folder)
+    assert isinstance(context.stopwatch, PoliteStopwatch)
+
+    def evaluate(plan: Plan, source: str) -> PlanResult:
+        with turns.together():
+            return context.evaluator.evaluate(plan, model, source=source)
+
     with context.reporter.phase("true evaluations", settings.trials) as report:
 
         def on_result(result: PlanResult, done: int) -> None:
-            journal.log(result)
+            if journal is not None:
+                journal.log(result)
             report(done)
 
-        return run_study(
-            study,
-            lambda plan, source: context.evaluator.evaluate(plan, model, source=source),
-            model=model,
-            seeds=seeds,
-            budget_ms=context.budget_ms,
-            trials=settings.trials,
-            minutes=settings.minutes,
-            on_result=on_result,
-        )
+        context.stopwatch.turns = turns
+        try:
+            return run_study(
+                study,
+                evaluate,
+                model=model,
+                seeds=[solution.plan for solution in prepared.line],
+                budget_ms=context.budget_ms,
+                trials=settings.trials,
+                minutes=settings.minutes if journal is not None else None,
+                worker=worker,
+                leads=journal is not None,
+                weights=lambda plan: weights_of(context.library, plan),
+                on_result=on_result,
+            )
+        finally:
+            context.stopwatch.turns = None
 
 
 def _write(context: Context, findings: Findings, journal: Journal) -> dict[str, Any]:

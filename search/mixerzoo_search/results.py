@@ -11,6 +11,7 @@ from mixerzoo.plan import Plan
 from mixerzoo_search import report
 from mixerzoo_search.context import Context
 from mixerzoo_search.evaluate import PlanResult
+from mixerzoo_search.finetuning.halving import sentence
 from mixerzoo_search.summary import Findings, frontier_of
 
 
@@ -61,6 +62,7 @@ def make_report(context: Context, findings: Findings, summary: Mapping[str, Any]
         latency_model=summary["latency_model"],
         score_model=summary["score_model"],
         prior=findings.prior,
+        finetuning=sentence(summary["finetuning"]),
         wall_s=summary["wall_s"],
         environment=summary["environment"],
         command=context.run.record().get("command", ""),

@@ -11,6 +11,7 @@ from typing import Any
 
 from mixerzoo.errors import MixerzooError
 from mixerzoo.files import read_json, write_json
+from mixerzoo_search.differences import difference
 
 RUN_FILE = "run.json"
 PHASES_FILE = "phases.json"
@@ -32,35 +33,45 @@ class RunDirectory:
             identity: what must be the same for a search to go on.
 
         Raises:
-            MixerzooError: if the directory holds another search, or something else.
+            MixerzooError: if the directory holds another search (with the difference), or something else.
         """
-        if not (self.path / RUN_FILE).exists():
+        if not self.begun:
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 raise MixerzooError(f"run directory '{self.path}' holds something else; give another --out")
             return False
         there = self.record().get("identity")
         if not isinstance(there, dict):
             raise MixerzooError(f"'{self.path / RUN_FILE}': not a run of mixerzoo; give another --out")
-        for name in [*identity, *there]:
-            if there.get(name) != identity.get(name):
-                raise MixerzooError(
-                    f"run directory '{self.path}' holds another search ({name} is {_short(there.get(name))} "
-                    f"there, {_short(identity.get(name))} here); give another --out"
-                )
+        told = difference(there, identity)
+        if told is not None:
+            raise MixerzooError(
+                f"run directory '{self.path}' holds another search ({told}); give another --out"
+            )
         return True
 
     def start(self, identity: Mapping[str, Any], **record: Any) -> None:
         """Begin a search here: write `run.json`."""
         write_json(self.path / RUN_FILE, {"identity": dict(identity), **record})
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is a `run.json`."""
+        return (self.path / RUN_FILE).exists()
+
     def note(self, **record: Any) -> None:
         """Add to `run.json`."""
         write_json(self.path / RUN_FILE, read_json(self.path / RUN_FILE) | record)
 
     @property
+    def study(self) -> str:
+        """The name of its study, which it keeps where the directory gets another one."""
+        named: str | None = self.record().get("study") if self.begun else None
+        return self.path.resolve().name if named is None else named
+
+    @property
     def library(self) -> Path:
         """The folder of its distilled candidates: what `run.json` says, or `library` beside the run directory."""
-        named = self.record().get("library") if (self.path / RUN_FILE).exists() else None
+        named = self.record().get("library") if self.begun else None
         if named is None:
             return self.path.parent / LIBRARY
         return Path(os.path.normpath(self.path.resolve() / named))
@@ -110,6 +121,16 @@ class RunDirectory:
         return content
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+class ReadOnlyRun(RunDirectory):
+    """The run directory of another process's search: what there is can be read, and nothing is written."""
+
+    def store(self, name: str, content: Any) -> None:
+        """Write nothing."""
+
+    def note(self, **record: Any) -> None:
+        """Write nothing."""
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Count nothing: the time of a phase is that of the process that makes it."""
+        yield

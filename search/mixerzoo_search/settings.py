@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from mixerzoo.errors import MixerzooError
 
 MEMORY_LIMIT = 4.0  # GiB, as in mixerzoo.capture, which is heavy to import
+FREE = ("trials", "minutes", "memory_limit")  # arguments that do not make a search another one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,7 @@ class Settings:
         dtype: likewise.
         runtime: likewise.
         seed: of everything random.
+        study_seed: of the study alone, where it is another one: what is distilled and scored stays the same.
         prior: `sparsity`, `uniform` or `shuffled` (the last two are for ablations).
         memory_limit: GiB of the teacher's activations above which they are kept in files.
     """
@@ -96,6 +99,7 @@ class Settings:
     dtype: str = "float32"
     runtime: str = "eager"
     seed: int = 0
+    study_seed: int | None = None
     prior: str = "sparsity"
     memory_limit: float = MEMORY_LIMIT
 
@@ -116,7 +120,27 @@ class Settings:
                 raise MixerzooError(f"--{flag} {minutes:g}: give a positive number")
         if not 0 <= self.finetune_minutes < math.inf:
             raise MixerzooError(f"--finetune-minutes {self.finetune_minutes:g}: give 0 or more")
+        if self.study_seed is not None and self.study_seed < 0:
+            raise MixerzooError(f"--seed {self.study_seed}: give at least 0")
         check_memory_limit(self.memory_limit)
+
+    @classmethod
+    def from_identity(cls, identity: Mapping[str, Any], **free: Any) -> Settings:
+        """Rebuild the arguments of a search from its `identity` in `run.json`; those it lacks are the defaults.
+
+        Args:
+            identity: what `identity` returned, and possibly more.
+            free: arguments that are not in it: trials, minutes, memory_limit.
+
+        Raises:
+            LookupError, TypeError, ValueError: if it is no such thing.
+        """
+        names = {field.name for field in fields(cls)} - set(FREE)
+        values = {name: identity[name] for name in names & set(identity)}
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        checkpoint = None if values["checkpoint"] is None else Path(values["checkpoint"])
+        budget = Budget.parse(values["budget"])
+        return cls(**values | {"budget": budget, "checkpoint": checkpoint} | free)
 
     def identity(self) -> dict[str, Any]:
         """Return the arguments that make a search what it is.
@@ -126,7 +150,7 @@ class Settings:
         content = asdict(self)
         content["budget"] = self.budget.label
         content["checkpoint"] = None if self.checkpoint is None else str(self.checkpoint)
-        for free in ("trials", "minutes", "memory_limit"):
+        for free in FREE:
             del content[free]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in content.items()}
 

@@ -95,6 +95,7 @@ def summarize(context: Context, findings: Findings) -> dict[str, Any]:
             ),
             "plans": len(findings.results),
         },
+        "finetuning": findings.outcome.finetuning,
         "wall_s": wall_s | {"total": sum(wall_s.values())},
         "environment": environment(context.stopwatch.conditions),
     }

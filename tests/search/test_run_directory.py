@@ -6,9 +6,10 @@ import pytest
 
 from mixerzoo.errors import MixerzooError
 from mixerzoo_search import run_directory
-from mixerzoo_search.run_directory import PHASES, RunDirectory
+from mixerzoo_search.differences import machines, space
+from mixerzoo_search.run_directory import PHASES, ReadOnlyRun, RunDirectory
 
-IDENTITY = {"model": "tiny", "seed": 0, "space": {"a": ["x"]}}
+IDENTITY = {"model": "tiny", "seed": 0, "plugins": {"mixerzoo": "1"}, "space": {"a": ["x"]}}
 
 
 @pytest.fixture
@@ -35,9 +36,21 @@ def test_a_started_one_goes_on(run):
     ("identity", "text"),
     [
         (IDENTITY | {"seed": 1}, "(seed is 0 there, 1 here)"),
-        (IDENTITY | {"space": {"a": ["y"]}}, "(space is {'a': ['x']} there, {'a': ['y']} here)"),
+        (IDENTITY | {"space": {"a": ["y"]}}, "(space: y at 1 site added, x at 1 site removed)"),
+        (IDENTITY | {"space": {"a": ["x"], "b": []}}, "(space: site b added)"),
+        (IDENTITY | {"plugins": {"mixerzoo": "1", "own": "2"}}, "(plugins: own 2 added)"),
+        (IDENTITY | {"plugins": {}}, "(plugins: mixerzoo 1 removed)"),
+        (IDENTITY | {"plugins": {"mixerzoo": "3"}}, "(plugins: mixerzoo was 1, is 3)"),
+        (
+            IDENTITY | {"plugins": {"mixerzoo": "1", "own": "2"}, "space": {"a": ["x", "own@1"]}},
+            "(plugins: own 2 added; space: own@1 at 1 site added)",
+        ),
+        (
+            IDENTITY | {"seed": 2, "plugins": {}, "space": {}},
+            "(seed is 0 there, 2 here)",
+        ),
         (IDENTITY | {"new": 3}, "(new is None there, 3 here)"),
-        ({"model": "tiny", "seed": 0}, "(space is {'a': ['x']} there, None here)"),
+        ({"model": "tiny", "seed": 0, "plugins": {"mixerzoo": "1"}}, "(space: site a removed)"),
         (IDENTITY | {"model": "m" * 100}, "m" * 37 + "... here"),
     ],
 )
@@ -49,6 +62,37 @@ def test_another_search_is_refused_with_the_difference(run, identity, text):
     for part in (str(run.path), "holds another search", text, "give another --out"):
         assert part in str(raised.value)
     assert (run.path / "run.json").read_bytes() == before
+
+
+def test_of_many_differences_the_first_are_named():
+    sites = [f"s{at}" for at in range(12)]
+    told = space({site: ["keep"] for site in sites}, {site: ["keep", *"abcde"] for site in sites[1:]})
+    assert told == "a at 11 sites, b at 11 sites, c at 11 sites, 2 more added, site s0 removed"
+    assert "another order" in space({"s": ["a", "b"]}, {"s": ["b", "a"]})
+
+
+def test_latencies_of_another_machine_are_told_from_those_of_this_one():
+    here = {"device": "cpu", "device_name": "fast", "threads": 2, "versions": {"torch": "2", "optuna": "5"}}
+    assert machines(here, here) is None
+    assert machines({}, here) is not None
+    assert machines(here, here | {"versions": {"torch": "2", "optuna": "6"}}) is None
+    assert machines(here, here | {"versions": {"torch": "3"}}) == "torch 2 there, 3 here"
+    assert machines(here, here | {"device_name": "slow"}) == "device name fast there, slow here"
+
+
+def test_of_another_processs_run_nothing_is_written(run):
+    run.start(IDENTITY)
+    run.store("scores", {"a": 1})
+    before = {path: path.read_bytes() for path in run.path.iterdir()}
+    only = ReadOnlyRun(run.path)
+    only.store("scores", {})
+    only.note(teacher_ms=3)
+    with only.timed("score"):
+        pass
+    assert only.load("scores") == {"a": 1}
+    assert only.begun
+    assert only.check(IDENTITY)
+    assert {path: path.read_bytes() for path in run.path.iterdir()} == before
 
 
 def test_something_else_is_refused(run):

@@ -130,10 +130,22 @@ def test_the_identity_says_what_makes_a_search_what_it_is():
         "dtype": "bfloat16",
         "runtime": "inductor",
         "seed": 1,
+        "study_seed": 2,
         "prior": "uniform",
     }.items():
         changed = settings(**{name: value}).identity()
         assert {key for key in changed if changed[key] != base.identity()[key]} == {name}
+
+
+def test_settings_are_what_their_identity_says():
+    some = settings(mixers=("a",), widths=(0.5,), checkpoint=Path("x"), budget=Budget(ms=5.0), study_seed=3)
+    known = json.loads(json.dumps(some.identity())) | {"plugins": {}, "space": {}}
+    assert Settings.from_identity(known) == some
+    assert Settings.from_identity(known, trials=7, minutes=2.0).trials == 7
+    del known["study_seed"]  # of a run that is older
+    assert Settings.from_identity(known).study_seed is None
+    with pytest.raises(LookupError):
+        Settings.from_identity({"recipe": "far"})
 
 
 def test_the_identity_is_json():

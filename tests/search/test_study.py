@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import optuna
 import pytest
@@ -14,6 +15,7 @@ from mixerzoo_search.additive import AdditiveModel
 from mixerzoo_search.evaluate import PlanResult
 from mixerzoo_search.prior import Prior
 from mixerzoo_search.study import check_storage, evaluations, open_study, run_study
+from mixerzoo_search.workers import Worker
 
 FAST, SLOW = Candidate("none"), Candidate("static", 0.5)
 
@@ -78,7 +80,13 @@ def opened(tmp_path):
     return opening
 
 
-def go(study, evaluate, *, seeds=(), trials=10, minutes=None, **options):
+@pytest.fixture
+def go(tmp_path):
+    """Run the study of a model in this process, one of those whose files are in one folder."""
+    return partial(run_it, folder=tmp_path / "workers")
+
+
+def run_it(study, evaluate, *, folder, seeds=(), trials=10, minutes=None, **options):
     return run_study(
         study,
         evaluate,
@@ -87,11 +95,12 @@ def go(study, evaluate, *, seeds=(), trials=10, minutes=None, **options):
         budget_ms=9.0,
         trials=trials,
         minutes=minutes,
+        worker=Worker(folder),
         **options,
     )
 
 
-def test_seeds_come_first_and_no_plan_twice(opened):
+def test_seeds_come_first_and_no_plan_twice(opened, go):
     model = make_model()
     evaluate = Evaluator(model)
     seeds = [model.fastest(), model.plan([0, 0, 0]), model.fastest()]
@@ -106,7 +115,7 @@ def test_seeds_come_first_and_no_plan_twice(opened):
     assert seen == [(result, done) for done, result in enumerate(results, 1)]
 
 
-def test_it_ends_with_the_space(opened):
+def test_it_ends_with_the_space(opened, go):
     model = make_model(2)
     evaluate = Evaluator(model)
     results = go(opened(model), evaluate, trials=50)
@@ -114,7 +123,7 @@ def test_it_ends_with_the_space(opened):
     assert set(evaluate.plans) == set(all_plans(model))
 
 
-def test_a_space_of_one_plan(opened):
+def test_a_space_of_one_plan(opened, go):
     model = AdditiveModel.from_scores({"site0": {}, "site1": {}}, base_ms=10.0)
     results = go(opened(model), Evaluator(model), trials=5)
     assert [result.plan for result in results] == [
@@ -122,14 +131,14 @@ def test_a_space_of_one_plan(opened):
     ]
 
 
-def test_it_ends_with_the_minutes(opened, monkeypatch):
+def test_it_ends_with_the_minutes(opened, go, monkeypatch):
     model = make_model()
     clock = itertools.count(step=30.0)
     monkeypatch.setattr(study_module.time, "monotonic", lambda: next(clock))
     assert len(go(opened(model), Evaluator(model), minutes=2.0)) == 3
 
 
-def test_values_and_constraints_are_in_the_study(opened):
+def test_values_and_constraints_are_in_the_study(opened, go):
     model = make_model()
     study = opened(model, budget_ms=9.0)
     results = go(study, Evaluator(model), trials=6)
@@ -144,7 +153,7 @@ def test_values_and_constraints_are_in_the_study(opened):
     assert min(trial.values[0] for trial in study.best_trials) in feasible
 
 
-def test_a_finished_study_is_left_as_it_is(opened):
+def test_a_finished_study_is_left_as_it_is(opened, go):
     model = make_model()
     go(opened(model), Evaluator(model), trials=4)
     evaluate = Evaluator(model)
@@ -155,7 +164,7 @@ def test_a_finished_study_is_left_as_it_is(opened):
     assert study.trials == before
 
 
-def test_it_goes_on_where_it_stopped(opened):
+def test_it_goes_on_where_it_stopped(opened, go):
     model = make_model()
     seeds = [model.fastest(), model.plan([0, 0, 0])]
     first = go(opened(model), Evaluator(model), seeds=seeds, trials=4)
@@ -166,7 +175,7 @@ def test_it_goes_on_where_it_stopped(opened):
     assert len({result.plan for result in results}) == 7
 
 
-def test_a_stopped_study_goes_on_as_if_it_had_not_been(opened, tmp_path):
+def test_a_stopped_study_goes_on_as_if_it_had_not_been(opened, go, tmp_path):
     model = make_model()
     whole = go(opened(model), Evaluator(model), trials=8)
     (tmp_path / "study.db").unlink()
@@ -175,7 +184,7 @@ def test_a_stopped_study_goes_on_as_if_it_had_not_been(opened, tmp_path):
 
 
 @pytest.mark.parametrize("fail_at", [1, 2, 3, 4])
-def test_the_trial_in_flight_is_tried_again(opened, fail_at):
+def test_the_trial_in_flight_is_tried_again(opened, go, fail_at):
     model = make_model()
     seeds = [model.fastest(), model.plan([0, 0, 0])]
     evaluate = Evaluator(model, fail_at=fail_at)
@@ -192,14 +201,14 @@ def test_the_trial_in_flight_is_tried_again(opened, fail_at):
     assert TrialState.RUNNING not in [trial.state for trial in study.trials]
 
 
-def test_a_trial_that_was_killed_before_it_had_a_plan(opened):
+def test_a_trial_that_was_killed_before_it_had_a_plan(opened, go):
     model = make_model()
     opened(model).ask()
     results = go(opened(model), Evaluator(model), trials=3)
     assert len(results) == 3
 
 
-def test_a_plan_without_a_finite_loss_is_no_result(opened):
+def test_a_plan_without_a_finite_loss_is_no_result(opened, go):
     model = make_model()
 
     class Broken(Evaluator):
@@ -236,7 +245,7 @@ def test_an_unreachable_storage_is_one_line(storage):
         assert str(raised.value).endswith("give another --storage")
 
 
-def test_optuna_is_quiet(opened, capfd):
+def test_optuna_is_quiet(opened, go, capfd):
     go(opened(make_model()), Evaluator(make_model()), trials=2)
     assert capfd.readouterr() == ("", "")
     optuna.logging.set_verbosity(optuna.logging.ERROR)

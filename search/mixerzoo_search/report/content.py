@@ -142,6 +142,7 @@ class Report:
         latency_model: `mape` and `max_error` as fractions, `spearman`, `plans`.
         score_model: `spearman`, `plans`.
         prior: what the prior predicted, and what was measured.
+        finetuning: what came of distilling the best plans as a whole, in a line.
         wall_s: phase -> seconds; `total` is shown apart.
         environment: what it ran on.
         command: the command line that made it.
@@ -158,6 +159,7 @@ class Report:
     latency_model: Mapping[str, float] = field(default_factory=dict)
     score_model: Mapping[str, float] = field(default_factory=dict)
     prior: PriorTable | None = None
+    finetuning: str = ""
     wall_s: Mapping[str, float] = field(default_factory=dict)
     environment: Mapping[str, object] = field(default_factory=dict)
     command: str = ""

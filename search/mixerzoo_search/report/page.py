@@ -53,7 +53,10 @@ def report_page(report: Report) -> str:
         )
         + "</div>",
         _prior(report.prior),
-        '<div class="pair">' + _cost(report.wall_s) + _about(report.environment, report.command) + "</div>",
+        '<div class="pair">'
+        + _cost(report.wall_s, report.finetuning)
+        + _about(report.environment, report.command)
+        + "</div>",
     ]
     return _document(report.title, sections, plotly=True)
 
@@ -347,7 +350,7 @@ def _profile_table(profile: Profile) -> str:
     return f'<div class="scroll"><table class="grid profile">{"".join(lines)}</table></div>'
 
 
-def _cost(wall_s: Mapping[str, float]) -> str:
+def _cost(wall_s: Mapping[str, float], finetuning: str) -> str:
     phases = {name: value for name, value in wall_s.items() if name != "total" and math.isfinite(value)}
     longest = max(phases.values(), default=0.0) or 1.0
     bars = "".join(
@@ -356,7 +359,8 @@ def _cost(wall_s: Mapping[str, float]) -> str:
         for name, value in phases.items()
     )
     total = wall_s.get("total", sum(phases.values()))
-    return _card("What it took", f"{numbers.seconds(total)} in all.", f'<div class="bars">{bars}</div>')
+    said = f"{numbers.seconds(total)} in all." + (f" {finetuning}." if finetuning else "")
+    return _card("What it took", said, f'<div class="bars">{bars}</div>')
 
 
 def _about(environment: Mapping[str, object], command: str) -> str:
