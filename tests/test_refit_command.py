@@ -18,7 +18,8 @@ import mixerzoo
 from mixerzoo.cli import main
 from mixerzoo.opening import open_teacher
 from mixerzoo.student import load_student
-from mixerzoo_search import refit_command, search
+from mixerzoo_search import search
+from mixerzoo_search.refitting import run as refitting
 
 SCRIPT = Path(__file__).parent / "tiny_search.py"
 FILES = {"README.md", "model.safetensors", "plan.json", "result.json"}
@@ -149,7 +150,7 @@ def test_a_refit_that_does_not_help_is_undone_and_said(here, monkeypatch):
 
     library_plan(here)
     run("run", "--plan", "plan.json", "--out", "good", "--images", "20")
-    monkeypatch.setattr(refit_command, "refit_student", spoil)
+    monkeypatch.setattr(refitting, "refit_student", spoil)
     told = run("run", "--plan", "good")
     assert "kept as it was" in told.stdout
     assert same(weights(here / "run" / "refit"), weights(here / "good"))
@@ -168,7 +169,7 @@ def test_gradient_steps_go_on_where_the_closed_form_ends(here, monkeypatch):
         return better, 0.0
 
     assert run("run", "--plan", "plan.json", "--out", "closed").exit_code == 0
-    monkeypatch.setattr(refit_command, "finetune", finetune)
+    monkeypatch.setattr(refitting, "finetune", finetune)
     assert run("run", "--plan", "plan.json", "--minutes", "2").exit_code == 0
     closed, stepped = written(here / "closed"), written(here / "run" / "refit")
     assert given == [
@@ -294,7 +295,7 @@ def test_a_teacher_that_was_an_object_is_given_in_python(here):
     record["identity"]["model"] = "VisionTransformer"
     (here / "run" / "run.json").write_text(json.dumps(record))
     refused(run("run"), "unknown model 'VisionTransformer'")
-    found = refit_command.refit_run(Path("run"), model=tiny.tiny_vit())
+    found = refitting.refit_run(Path("run"), model=tiny.tiny_vit())
     assert found.path == Path("run/refit")
     assert found.plan.replaced()
 

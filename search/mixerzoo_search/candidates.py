@@ -136,6 +136,7 @@ class CandidateLibrary:
         *,
         steps: int,
         seed: int,
+        objective: str = "nmse",
         stepped: Iterable[tuple[str, Candidate]] = (),
     ) -> None:
         self.files = library
@@ -143,6 +144,7 @@ class CandidateLibrary:
         self.source = source
         self.steps = steps
         self.seed = seed
+        self.objective = objective
         self.stepped = set(stepped)
         self._orders: dict[tuple[str, Candidate, bool], tuple[str, Order]] = {}
 
@@ -164,7 +166,9 @@ class CandidateLibrary:
 
     def recipe(self, *, stepped: bool) -> Recipe:
         """Return the recipe: closed form, or gradient steps after it."""
-        return Recipe(steps=self.steps if stepped else 0, seed=self.seed)
+        if not stepped:
+            return Recipe(seed=self.seed)
+        return Recipe(steps=self.steps, seed=self.seed, objective=self.objective)
 
     def find(self, site: str, candidate: Candidate, *, stepped: bool) -> Entry | None:
         """Return the entry if it was made before, by this search or another one, and is whole."""

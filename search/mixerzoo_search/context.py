@@ -72,6 +72,7 @@ class Context:
             Source.of(self.teacher, self.data, self.calibration),
             steps=self.settings.distill_steps,
             seed=self.settings.seed,
+            objective=self.settings.objective,
             stepped=self.stepped or (),
         )
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mixerzoo.errors import MixerzooError
-from mixerzoo_search.plugin import _numbers, _words, command_line, teacher_options
+from mixerzoo_search.options import command_line, numbers, teacher_options, words
 from mixerzoo_search.settings import MEMORY_LIMIT
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ ONLY: dict[str, dict[str, Any]] = {
         "widths": "",
         "library": Path("runs/library"),
         "distill_steps": 0,
+        "objective": "nmse",
         "memory_limit": MEMORY_LIMIT,
     },
     "far": {
@@ -68,6 +69,9 @@ LOCAL_IMAGES = 512  # as in a search, whose keys it must have
     "--distill-steps",
     type=int,
     help="local: gradient steps of every candidate after the closed form.  [default: 0]",
+)
+@click.option(
+    "--objective", metavar="NAME", help="local: what they make smaller, nmse or cosine.  [default: nmse]"
 )
 @click.option(
     "--memory-limit",
@@ -131,10 +135,11 @@ def _local(options: dict[str, Any], reporter: Reporter) -> None:
     from mixerzoo_search.distill_local import LocalSettings, distill_local
 
     settings = LocalSettings(
-        mixers=_words(options["mixers"]),
-        widths=_numbers(options["widths"]),
+        mixers=words(options["mixers"]),
+        widths=numbers(options["widths"]),
         images=LOCAL_IMAGES if options["images"] is None else options["images"],
         steps=options["distill_steps"],
+        objective=options["objective"],
         seed=options["seed"],
         memory_limit=options["memory_limit"],
     )

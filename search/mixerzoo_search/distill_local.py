@@ -22,7 +22,7 @@ from mixerzoo.progress import Reporter
 from mixerzoo.registry import get_registry
 from mixerzoo_search.candidates import CandidateLibrary, Candidates, list_candidates
 from mixerzoo_search.making import make_all
-from mixerzoo_search.settings import MEMORY_LIMIT, check_memory_limit
+from mixerzoo_search.settings import MEMORY_LIMIT, OBJECTIVES, check_memory_limit, check_objective
 
 SCHEMA = 1
 Todo = list[tuple[str, Candidate]]
@@ -37,6 +37,7 @@ class LocalSettings:
         widths: widths; empty for all.
         images: most images to distil on.
         steps: gradient steps of every candidate after the closed form.
+        objective: what those steps make smaller.
         seed: of everything random.
         memory_limit: GiB of the teacher's activations above which they are kept in files.
     """
@@ -45,6 +46,7 @@ class LocalSettings:
     widths: tuple[float, ...] = ()
     images: int = 512
     steps: int = 0
+    objective: str = OBJECTIVES[0]
     seed: int = 0
     memory_limit: float = MEMORY_LIMIT
 
@@ -57,6 +59,7 @@ class LocalSettings:
             if value < least:
                 raise MixerzooError(f"--{flag} {value}: give at least {least}")
         check_memory_limit(self.memory_limit)
+        check_objective(self.objective)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +129,7 @@ def distill_local(
         Source.of(teacher, data, indices),
         steps=settings.steps,
         seed=settings.seed,
+        objective=settings.objective,
     )
     every = [(site.name, candidate) for site in teacher.sites for candidate in candidates[site.name]]
     builder = _Builder(shelf, teacher, data, indices, reporter, settings.memory_limit)

@@ -66,6 +66,17 @@ def memory_option(command: Callable[..., None]) -> Callable[..., None]:
     )(command)
 
 
+def objective_option(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the option that names the objective of gradient steps."""
+    return click.option(
+        "--objective",
+        default="nmse",
+        metavar="NAME",
+        show_default=True,
+        help="What gradient steps make smaller: nmse, or cosine along tokens (FAR).",
+    )(command)
+
+
 def command_line() -> str:
     """Return the command that this process was started with, as one would type it."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from mixerzoo_search.options import common_options, memory_option, numbers, words
+from mixerzoo_search.options import common_options, memory_option, numbers, objective_option, words
 
 if TYPE_CHECKING:
     from mixerzoo_search.joining import Joined
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     type=float,
     help="Most minutes of those steps, in all.  [default: at most 1.5 candidates a site get steps]",
 )
+@objective_option
 @click.option(
     "--finetune-minutes", default=1.0, show_default=True, help="Distillation of the best plans as a whole."
 )

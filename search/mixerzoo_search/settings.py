@@ -12,6 +12,7 @@ from typing import Any
 from mixerzoo.errors import MixerzooError
 
 MEMORY_LIMIT = 4.0  # GiB, as in mixerzoo.capture, which is heavy to import
+OBJECTIVES = ("nmse", "cosine")  # as in mixerzoo.objectives, likewise
 FREE = ("trials", "minutes", "memory_limit")  # arguments that do not make a search another one
 
 
@@ -68,6 +69,7 @@ class Settings:
         minutes: most minutes of those evaluations, or None.
         images: most images to distil on.
         distill_steps: gradient steps of a promising candidate after the closed form.
+        objective: what those steps make smaller: `nmse`, or `cosine` along tokens (FAR).
         distill_minutes: most minutes of those steps, or None for a limit on the number of candidates.
         finetune_minutes: global distillation of the best plans, in all.
         batch_size: at which latency is measured.
@@ -91,6 +93,7 @@ class Settings:
     minutes: float | None = None
     images: int = 512
     distill_steps: int = 60
+    objective: str = "nmse"
     distill_minutes: float | None = None
     finetune_minutes: float = 1.0
     batch_size: int = 1
@@ -123,6 +126,7 @@ class Settings:
         if self.study_seed is not None and self.study_seed < 0:
             raise MixerzooError(f"--seed {self.study_seed}: give at least 0")
         check_memory_limit(self.memory_limit)
+        check_objective(self.objective)
 
     @classmethod
     def from_identity(cls, identity: Mapping[str, Any], **free: Any) -> Settings:
@@ -159,3 +163,9 @@ def check_memory_limit(gib: float) -> None:
     """Raise MixerzooError unless a number of GiB can limit the activations in memory; 0 keeps all of them in files."""
     if not 0 <= gib < math.inf:
         raise MixerzooError(f"--memory-limit {gib:g}: give 0 or more GiB, such as {MEMORY_LIMIT:g}")
+
+
+def check_objective(name: str) -> None:
+    """Raise MixerzooError unless there is an objective of that name."""
+    if name not in OBJECTIVES:
+        raise MixerzooError(f"--objective {name}: give one of {', '.join(OBJECTIVES)}")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from mixerzoo.capture import MEMORY_LIMIT_GB
 from mixerzoo.cli import main
 from mixerzoo.errors import MixerzooError
+from mixerzoo.objectives import OBJECTIVES
 from mixerzoo_search.settings import Budget, Settings
 
 positive = st.floats(min_value=1e-6, max_value=1e9, allow_nan=False)
@@ -110,11 +111,19 @@ def test_the_memory_limit_is_that_of_a_capture():
         assert option.default == MEMORY_LIMIT_GB
 
 
+def test_the_objective_is_one_of_those_that_there_are():
+    for name in OBJECTIVES:
+        assert settings(objective=name).objective == name
+    with pytest.raises(MixerzooError, match="--objective mse: give one of nmse, cosine"):
+        settings(objective="mse")
+
+
 def test_the_identity_says_what_makes_a_search_what_it_is():
     base = settings()
     assert base.identity() == settings(trials=100, minutes=3.0, memory_limit=0.1).identity()
     for name, value in {
         "model": "other",
+        "objective": "cosine",
         "data": "other",
         "budget": Budget(ms=5.0),
         "checkpoint": Path("weights"),

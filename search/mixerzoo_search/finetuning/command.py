@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from mixerzoo_search.plugin import command_line
+from mixerzoo_search.options import command_line
 
 
 @click.command("finetune")

@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from mixerzoo.errors import MixerzooError
-from mixerzoo_search.plugin import command_line, common_options, memory_option
+from mixerzoo_search.options import command_line, common_options, memory_option
 
 if TYPE_CHECKING:
     from mixerzoo_search.report import Profile

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mixerzoo_search.plugin import command_line, teacher_options
+from mixerzoo_search.options import command_line, teacher_options
 
 if TYPE_CHECKING:
     from rich.table import Table
