@@ -2,6 +2,8 @@
 # pyproject.toml or constraints.txt changes; until then nothing is installed twice.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+# One process a core; a file's tests stay together, because they share what they set up.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test test-slow lint docs clean
@@ -10,11 +12,11 @@ demo: .venv/.installed
 	$(BIN)/mixerzoo search --budget-ms 5
 
 test: lint
-	$(BIN)/pytest
+	$(PYTEST)
 
 # pytest exits with 5 where no test is marked slow.
 test-slow: .venv/.installed-dev
-	$(BIN)/pytest -m slow || test $$? -eq 5
+	$(PYTEST) -m slow || test $$? -eq 5
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -10,16 +10,16 @@ import torch
 
 PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # relative to the mean squared feature
 STRONGER = (1.0, 10.0)  # more of them for a solution that there is already: in the limit it stays as it is
-# An error on rows beside the sums that is so many times what the sums tell, and more than so much of the spread,
+# An error on so many rows that is so many times what the sums tell, and so much of the spread more,
 # shows that the sums are wrong.
-UNLIKELY, SLACK = 2.0, 0.01
+SAMPLE, UNLIKELY, SLACK = 256, 2.0, 0.01
 STRIPS = 4  # of a Gram matrix: what is below them need not be multiplied
 
 
 class Gram:
     """Streams rows of features (rows, F) and targets (rows, T) into the sums that least squares needs.
 
-    A constant feature is added for the bias. Sums are kept in float64; the last rows are kept as they are.
+    A constant feature is added for the bias. Sums are kept in float64; a block of rows is kept as it is.
     """
 
     def __init__(self, features: int, targets: int) -> None:
@@ -28,7 +28,7 @@ class Gram:
         self.yy = torch.zeros(targets, dtype=torch.float64)
         self.y = torch.zeros(targets, dtype=torch.float64)
         self.rows = 0.0
-        self.last = torch.zeros(0, features), torch.zeros(0, targets)
+        self.sample = torch.zeros(0, features), torch.zeros(0, targets)
 
     def update(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add rows: x (rows, F), y (rows, T)."""
@@ -48,7 +48,8 @@ class Gram:
         self.yy += torch.linalg.vector_norm(y, dim=0).double().square()
         self.y += y_total
         self.rows += len(x)
-        self.last = x, y
+        if len(x) >= len(self.sample[0]):
+            self.sample = x, y
 
     def fade(self, share: float) -> None:
         """Let the rows so far count for this share of what they did."""
@@ -70,14 +71,16 @@ class Gram:
         return self.error(solution) / max(self.spread(), 1e-30)
 
     def is_true(self, solution: torch.Tensor) -> bool:
-        """Say whether the error of a solution (F + 1, T) on the last rows is about what the sums tell.
+        """Say whether the error of a solution (F + 1, T) on some of the rows is about what the sums tell.
 
         Blocks are multiplied in float32. Where features hardly differ, beside a few that are far larger, a small
         penalty lets a solution fit the rounding errors of that, and the sums say that it is an excellent one.
         """
-        x, y = self.last
+        x, y = self.sample
+        if len(x) < SAMPLE:
+            return True  # too few to tell
         found = (torch.addmm(solution[-1].float(), x, solution[:-1].float()) - y).square().sum()
-        seen = float(found) / max(len(x), 1) * self.rows / max(self.spread(), 1e-30)
+        seen = float(found) / len(x) * self.rows / max(self.spread(), 1e-30)
         return seen <= UNLIKELY * self.nmse(solution) + SLACK
 
 
