@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from mixerzoo.elimination import Covariance, importance
 from mixerzoo.hosts import Teacher
 from mixerzoo.spec import AttentionView, MlpView, Site, View
 from mixerzoo.spill import FileRows, MemoryRows, Spill
 from mixerzoo.statistics import AttentionStatistics
 
 MEMORY_LIMIT_GB = 4.0
-MAP_IMAGES = (
-    256  # maps and hidden units are computed a second time, which is slow; their means settle before that
-)
+MAP_IMAGES = 256  # maps are computed a second time, which is slow; their means settle before that
+UNIT_TOKENS = 16_384  # of which the covariance of hidden units is taken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +118,7 @@ class _Recorder:
             for name in "xy"
         )
         self.maps = AttentionStatistics(site) if site.kind == "attention" else None
-        self.units = torch.zeros(site.hidden or 0, dtype=torch.float64)
-        self.unit_images = 0
+        self.units = Covariance(site.hidden or 0)
         self.added = self.residual = 0.0
 
     def attach(self) -> list[torch.utils.hooks.RemovableHandle]:
@@ -142,9 +141,9 @@ class _Recorder:
         if self.maps is not None:
             if self.maps.images < MAP_IMAGES:
                 self.maps.update(self.teacher.host.attention_maps(module, x))
-        elif self.unit_images < MAP_IMAGES:
-            self.units += self.teacher.host.hidden_units(module, x).square().sum((0, 1))
-            self.unit_images += len(x)
+        elif self.units.rows < UNIT_TOKENS:
+            hidden = self.teacher.host.hidden_units(module, x)
+            self.units.update(hidden.flatten(0, 1)[: UNIT_TOKENS - self.units.rows])
 
     def finish(self) -> SiteCapture:
         """Return what was gathered."""
@@ -157,9 +156,8 @@ class _Recorder:
                 **weights, mean_attention=self.maps.mean, statistics=self.maps.result() | statistics
             )
         else:
-            size = (self.units / max(self.unit_images * self.site.tokens, 1)).sqrt().float()
-            importance = size * weights["out_weight"].norm(dim=0)
-            view = MlpView(**weights, importance=importance, statistics=statistics)
+            order = importance(self.units.result(), weights["out_weight"])
+            view = MlpView(**weights, importance=order, statistics=statistics)
         return SiteCapture(x=self.x.tensor(), y=self.y.tensor(), view=view, spill=self.spill)
 
 

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from mixerzoo.errors import MixerzooError
@@ -16,7 +16,8 @@ from mixerzoo.spec import KINDS, Site
 KEEP = "keep"
 KEEP_LETTER = "A"  # "as it was"
 
-_CANDIDATE = re.compile(r"(?P<mixer>[a-z][a-z0-9_]*)(@(?P<width>\S+))?")
+_CANDIDATE = re.compile(r"(?P<mixer>[a-z][a-z0-9_]*)(@(?P<width>[^\s\[\]]+)(\[(?P<sizes>[^\[\]]+)\])?)?")
+_SIZE = re.compile(r"(?P<kind>[a-z][a-z0-9_]*)=(?P<count>[1-9][0-9]{0,8})")
 
 
 def _number(text: str) -> float:
@@ -26,37 +27,60 @@ def _number(text: str) -> float:
         return math.nan
 
 
+def _sizes(text: str | None) -> tuple[tuple[str, int], ...] | None:
+    """Read `heads=2,hidden=40`; None if it is not that, or names a kind twice."""
+    matches = [_SIZE.fullmatch(part) for part in text.split(",")] if text else []
+    sizes = {match["kind"]: int(match["count"]) for match in matches if match}
+    return tuple(sorted(sizes.items())) if len(sizes) == len(matches) else None
+
+
 @dataclass(frozen=True, order=True)
 class Candidate:
-    """A mixer at a width, written `glu_mlp@0.5`; `keep` has no width."""
+    """A mixer at a width, written `glu_mlp@0.5`; `keep` has no width.
+
+    One that was pruned has fewer units of some kinds than its width says, `glu_mlp@0.5[heads=2]`; sizes are in the
+    order of the kinds' names.
+    """
 
     mixer: str
     width: float = 1.0
+    sizes: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
         if self.mixer == KEEP:
             return KEEP
         short = f"{self.width:g}"
         # Six digits do for 0.5, not for a third: what is written must be read back as the same width.
-        return f"{self.mixer}@{short if float(short) == self.width else repr(self.width)}"
+        text = f"{self.mixer}@{short if float(short) == self.width else repr(self.width)}"
+        return f"{text}[{','.join(f'{kind}={count}' for kind, count in self.sizes)}]" if self.sizes else text
 
     @property
     def is_keep(self) -> bool:
         """Whether the teacher's own module stays."""
         return self.mixer == KEEP
 
+    def resized(self, sizes: Mapping[str, int]) -> Candidate:
+        """Return it with so many units of some kinds."""
+        return replace(self, sizes=tuple(sorted({**dict(self.sizes), **sizes}.items())))
+
     @classmethod
     def parse(cls, text: str) -> Candidate:
-        """Read `mixer@width`, `mixer` (width 1) or `keep`.
+        """Read `mixer@width`, `mixer` (width 1), `mixer@width[kind=units,...]` or `keep`.
 
         Raises:
             MixerzooError: for anything else.
         """
         match = _CANDIDATE.fullmatch(text) if isinstance(text, str) else None
         width = 1.0 if match is None or match["width"] is None else _number(match["width"])
-        if match is None or not 0 < width < math.inf or (text != KEEP and match["mixer"] == KEEP):
+        sizes = None if match is None else _sizes(match["sizes"])
+        if (
+            match is None
+            or sizes is None
+            or not 0 < width < math.inf
+            or (text != KEEP and match["mixer"] == KEEP)
+        ):
             raise MixerzooError(f"candidate '{text}': write mixer@width, such as glu_mlp@0.5, or {KEEP}")
-        return cls(match["mixer"], width)
+        return cls(match["mixer"], width, sizes)
 
 
 KEEP_CANDIDATE = Candidate(KEEP)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from mixerzoo.pruning import Units
+
 Kind = Literal["attention", "mlp"]
 KINDS: tuple[Kind, ...] = ("attention", "mlp")
 
@@ -32,6 +34,8 @@ OFFERS: Mapping[str, str] = {
     "causal": "whether a token may only see earlier ones",
     "hidden": "hidden units of the teacher's MLP (mlp sites), else None",
     "activation": "name of the MLP's activation, such as 'gelu' (mlp sites), else None",
+    "gated": "whether the MLP's hidden units are gated, as in SwiGLU (mlp sites)",
+    "sizes": "units left of each kind in a pruned mixer, {} in a whole one; goes with the spec's `units`",
 }
 
 
@@ -71,6 +75,7 @@ class Site:
         causal: whether the site is causal.
         hidden: hidden units of an mlp site, else None.
         activation: name of an mlp site's activation, else None.
+        gated: whether an mlp site's hidden units are act(gate) * value.
         norm: path of the module whose input is the residual stream that the site's output is added to, or None.
         scale: path of the layer scale applied to the site's output, or None.
     """
@@ -87,6 +92,7 @@ class Site:
     causal: bool = False
     hidden: int | None = None
     activation: str | None = None
+    gated: bool = False
     norm: str | None = None
     scale: str | None = None
 
@@ -133,12 +139,14 @@ class MlpView:
     """What a mixer at an mlp site may start from.
 
     Attributes:
-        in_weight: (hidden, D).
+        in_weight: (hidden, D); of the values where the MLP is gated.
         in_bias: (hidden,).
         out_weight: (D, hidden).
         out_bias: (D,).
-        importance: (hidden,), root mean square of each hidden unit's activation over the calibration data
-            times the norm of its output weights.
+        importance: (hidden,), the larger, the more is lost with a unit: squared error of the output once it and all
+            of less importance are gone and the second layer is solved again; see mixerzoo.elimination.
+        gate_weight: (hidden, D), of a gated MLP; else None.
+        gate_bias: (hidden,), of a gated MLP; else None.
         statistics: statistics of the site.
     """
 
@@ -147,6 +155,8 @@ class MlpView:
     out_weight: torch.Tensor
     out_bias: torch.Tensor
     importance: torch.Tensor
+    gate_weight: torch.Tensor | None = None
+    gate_bias: torch.Tensor | None = None
     statistics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -192,6 +202,8 @@ class MixerSpec:
         inherit: starts the module from the teacher, in place; called under torch.no_grad(). Optional.
         readout: path of the mixer's last linear layer, whose output is the mixer's output up to a reshape; it
             is then solved in closed form. Optional.
+        units: the units of the module that can be pruned, by kind, such as `{"heads": Units(...)}`; see
+            mixerzoo.pruning. `build` then asks for `sizes`. Optional.
         cost: growth of time in N and D, such as `N D^2`.
         paper: reference, such as `arXiv 2006.16236`.
         letter: for short plan names: a capital, with a lower-case letter if need be; the first of the name
@@ -211,6 +223,7 @@ class MixerSpec:
     caps: Caps = Caps()
     inherit: Callable[[Any, Any], None] | None = None
     readout: str | None = None
+    units: Callable[[Any], Mapping[str, Units]] | None = None
     cost: str = ""
     paper: str = ""
     letter: str = ""
@@ -234,6 +247,10 @@ class MixerSpec:
         if unknown:
             raise MixerzooError(
                 f"mixer '{self.name}': build asks for {', '.join(sorted(unknown))}; offered: {', '.join(OFFERS)}"
+            )
+        if (self.units is None) == ("sizes" in self.asks):
+            raise MixerzooError(
+                f"mixer '{self.name}': units and a build that asks for sizes go together; give both or neither"
             )
         object.__setattr__(self, "kinds", frozenset(self.kinds))
         object.__setattr__(self, "letter", self.letter or self.name[0].upper())
@@ -262,12 +279,20 @@ class MixerSpec:
             build = build.func
         return str(getattr(build, "__module__", None) or type(build).__module__).rpartition(".")[2]
 
-    def make(self, site: Site, width: float) -> nn.Module:
+    def make(self, site: Site, width: float, sizes: Mapping[str, int] | None = None) -> nn.Module:
         """Build the mixer for `site` at `width`; randomly initialised, in train mode.
 
+        Args:
+            site: where it shall stand.
+            width: its width.
+            sizes: kind -> units, of a pruned one.
+
         Raises:
-            MixerzooError: if the mixer cannot stand at that site (whatever `build` raised is quoted).
+            MixerzooError: if the mixer cannot stand at that site (whatever `build` raised is quoted), or has no such
+                units.
         """
+        if sizes and self.units is None:
+            raise MixerzooError(f"mixer '{self.name}' has no units: it cannot be built with {dict(sizes)}")
         offers = {
             "dim": site.dim,
             "heads": site.heads,
@@ -278,15 +303,31 @@ class MixerSpec:
             "causal": site.causal,
             "hidden": site.hidden,
             "activation": site.activation,
+            "gated": site.gated,
+            "sizes": dict(sizes or {}),
         }
         try:
-            return self.build(**{name: offers[name] for name in self.asks})
+            module = self.build(**{name: offers[name] for name in self.asks})
         except MixerzooError:
             raise
         except Exception as error:
             raise MixerzooError(
                 f"mixer '{self.name}' at width {width:g} cannot be built for site '{site.name}': {error}"
             ) from error
+        found = (
+            {kind: units.size for kind, units in self.units(module).items()} if sizes and self.units else {}
+        )
+        for kind, count in (sizes or {}).items():
+            if found.get(kind) != count:
+                raise MixerzooError(
+                    f"mixer '{self.name}' at width {width:g} for site '{site.name}': "
+                    + (
+                        f"{count} units '{kind}' were asked for, it has {found[kind]}"
+                        if kind in found
+                        else f"it has no units '{kind}'"
+                    )
+                )
+        return module
 
     def outline(self, site: Site, width: float) -> nn.Module:
         """Build the mixer for the names and shapes of its weights, without memory for them where that can be.

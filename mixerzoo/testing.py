@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import wraps
+from functools import partial, wraps
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,8 @@ import torch
 from torch import nn
 
 from mixerzoo.errors import MixerzooError
+from mixerzoo.plan import Candidate
+from mixerzoo.pruning import checked, largest, shrink, silence
 from mixerzoo.registry import get_registry
 from mixerzoo.spec import AttentionView, MixerSpec, MlpView, Site, View
 
@@ -65,6 +67,7 @@ MLP_SITE = Site(
     hidden=24,
     activation="gelu",
 )
+GATED_SITE = replace(MLP_SITE, activation="silu", gated=True)
 
 
 class ConformanceError(AssertionError):
@@ -112,8 +115,9 @@ def _check(*, only: Callable[[tuple[float, ...]], float] | None = None) -> Calla
 
 
 def default_sites(spec: MixerSpec) -> tuple[Site, ...]:
-    """Return the small sites that a mixer is checked on, one for each of its kinds."""
-    return tuple(site for site in (ATTENTION_SITE, MLP_SITE) if site.kind in spec.kinds)
+    """Return the small sites that a mixer is checked on: one for each of its kinds, and a gated MLP if it asks."""
+    sites = tuple(site for site in (ATTENTION_SITE, MLP_SITE) if site.kind in spec.kinds)
+    return (*sites, GATED_SITE) if MLP_SITE in sites and "gated" in spec.asks else sites
 
 
 def random_view(site: Site, seed: int = 0) -> View:
@@ -138,6 +142,8 @@ def random_view(site: Site, seed: int = 0) -> View:
             out_weight=weight(dim, hidden),
             out_bias=bias(dim),
             importance=torch.rand(hidden, generator=generator),
+            gate_weight=weight(hidden, dim) if site.gated else None,
+            gate_bias=bias(hidden) if site.gated else None,
         )
     logits = 2 * torch.randn(site.heads, site.tokens, site.tokens, generator=generator)
     if site.causal:
@@ -606,6 +612,42 @@ def check_readout(spec: MixerSpec, site: Site, width: float) -> None:
     _demand_same(outputs[0].reshape(out.shape), out, expected)
 
 
+@_check()
+def check_units(spec: MixerSpec, site: Site, width: float) -> None:
+    """A pruned mixer, built smaller from its sizes, computes what the whole one does with those units silent."""
+    assert spec.units is not None
+    mixer = _shaken(spec, site, width)
+    kinds = checked(spec.units(mixer), mixer, "its units")
+    _demand(bool(kinds), "units that can be pruned", "none")
+    x = _input(site)
+    for kind, units in kinds.items():
+        if units.size == 1:
+            continue
+        generator = torch.Generator().manual_seed(5)
+        kept = largest(torch.rand(len(units.rows), units.size, generator=generator), units.size // 2)
+        # Other units in every row, so that rows cannot be mistaken for each other.
+        half = {kind: units.size // 2}
+        candidate = Candidate(spec.name, width)
+        _, small = shrink(spec, site, candidate, mixer, half, choose=partial(_given, kept))
+        whole = copy.deepcopy(mixer)
+        silence(whole, units, kept)
+        with torch.no_grad():
+            _demand_same(small(x), whole(x), f"the same with half of its '{kind}' cut as with them silent")
+            _demand(
+                _gap(mixer(x), whole(x)) > SEEN, f"its '{kind}' to matter", "the same output without them"
+            )
+        counts = [sum(p.numel() for p in m.parameters()) for m in (small, mixer)]
+        _demand(
+            counts[0] < counts[1],
+            f"fewer parameters with half of its '{kind}'",
+            f"{counts[0]} of {counts[1]}",
+        )
+
+
+def _given(kept: torch.Tensor, _sizes: torch.Tensor, _count: int) -> torch.Tensor:
+    return kept
+
+
 # -- running them --
 
 
@@ -672,6 +714,7 @@ CHECKS: tuple[Check, ...] = (
     Check("export", check_export, needs="exportable"),
     Check("inherit", check_inherit, needs="inherit"),
     Check("readout", check_readout, needs="readout"),
+    Check("units", check_units, needs="units"),
 )
 
 

@@ -163,6 +163,17 @@ class Tracker:
         with self._answering("write to"):
             self._log(run_id, metrics={name: value})
 
+    def log_step(self, run_id: str, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Write a point of a run's curves; None and values that are not finite are left out."""
+        with self._answering("write to"):
+            self._log(run_id, metrics=metrics, step=step)
+
+    def last_step(self, run_id: str, metric: str) -> int:
+        """Return the step of the last point of a curve, so that a resumed run adds none twice; -1 without any."""
+        with self._answering("read from"):
+            history = self._client.get_metric_history(run_id, metric)
+            return max((point.step for point in history), default=-1)
+
     def log_artifacts(self, parent_id: str, paths: Iterable[Path]) -> None:
         """Upload files and directories to the run; ones that do not exist are left out."""
         with self._answering("upload artifacts to"):
@@ -186,13 +197,14 @@ class Tracker:
         *,
         params: Mapping[str, object] | None = None,
         metrics: Mapping[str, float | None] | None = None,
+        step: int = 0,
     ) -> None:
         """Write in one request where MLflow's limits allow it, in several where not."""
         from mlflow.entities import Metric, Param
 
         now = int(time.time() * 1000)
         values = [
-            Metric(_safe(name), float(value), now, 0)
+            Metric(_safe(name), float(value), now, step)
             for name, value in (metrics or {}).items()
             if value is not None and math.isfinite(value)
         ]

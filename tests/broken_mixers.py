@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mixerzoo import AttentionView, Caps, MixerSpec
+from mixerzoo.pruning import Share, Units, places, sized
 
 CAPS = Caps(any_length=True, causal=True, masks=True, exportable=True)
 
@@ -335,6 +336,59 @@ class Wrapped(Good):
         self.inner = nn.Sequential(nn.Identity())
 
 
+class Prunable(nn.Module):
+    """The good mixer, which can be built with fewer inner units."""
+
+    def __init__(self, dim: int, width: float, sizes: dict[str, int]) -> None:
+        super().__init__()
+        inner = sized(sizes, "inner", round(dim * width))
+        self.value, self.gate = nn.Linear(dim, inner), nn.Linear(dim, inner)
+        self.readout = nn.Linear(inner, dim)
+
+    def inner(self, x):
+        return torch.sigmoid(self.gate(x)) * self.value(x).mean(1, keepdim=True)
+
+    def forward(self, x):
+        return self.readout(self.inner(x))
+
+
+def inner_units(
+    mixer: Any, *, parts=("value.weight", "value.bias", "gate.weight", "gate.bias"), turned: int = 0
+) -> dict[str, Units]:
+    (own,) = places(mixer.readout.in_features, units=0)
+    shares = [Share(parameter=name, dim=0, places=own) for name in parts]
+    out = Share(parameter="readout.weight", dim=1, places=own.roll(turned, 0))
+    return {"inner": Units(rows=((*shares, out),))}
+
+
+class IgnoresSizes(Prunable):
+    def __init__(self, dim: int, width: float, sizes: dict[str, int]) -> None:
+        super().__init__(dim, width, {})
+
+
+class NeverSilent(Prunable):
+    """A unit without weights still says something."""
+
+    def inner(self, x):
+        return torch.exp(self.value(x).mean(1, keepdim=True)) * torch.sigmoid(self.gate(x)) + 1
+
+
+class SharedStatistics(Prunable):
+    """What a unit says depends on how many others there are."""
+
+    def inner(self, x):
+        inner = super().inner(x)
+        return inner - inner.mean(-1, keepdim=True)
+
+
+def never_silent_units(mixer: Any) -> dict[str, Units]:
+    return {"inner": Units(rows=(inner_units(mixer)["inner"].rows[0][:-1],))}
+
+
+PRUNABLE = spec_of(
+    Prunable, caps=Caps(any_length=True, exportable=True), readout="readout", units=inner_units
+)
+
 PLAIN = Caps()
 
 # Check -> the broken mixers it must catch, by what is wrong with them.
@@ -390,5 +444,16 @@ BROKEN: dict[str, dict[str, MixerSpec]] = {
         "not last": spec_of(ReadoutThenMore, readout="readout"),
         "twice": spec_of(ReadoutTwice, readout="readout"),
         "inner": spec_of(Good, readout="value"),
+    },
+    "units": {
+        "sizes ignored": spec_of(IgnoresSizes, units=inner_units),
+        "others' statistics": spec_of(SharedStatistics, units=inner_units),
+        "readout forgotten": spec_of(NeverSilent, units=never_silent_units),
+        "bias forgotten": spec_of(
+            Prunable, units=lambda m: inner_units(m, parts=("value.weight", "value.bias", "gate.weight"))
+        ),
+        "not the same units": spec_of(Prunable, units=lambda m: inner_units(m, turned=1)),
+        "no such parameter": spec_of(Prunable, units=lambda m: inner_units(m, parts=("values",))),
+        "none": spec_of(Prunable, units=lambda m: {}),
     },
 }

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from broken_mixers import BROKEN, GOOD, spec_of
+from broken_mixers import BROKEN, GOOD, PRUNABLE, spec_of
 from torch import nn
 
 from mixerzoo import Caps, MixerzooError, MlpView, hookimpl
@@ -66,7 +66,9 @@ class Silent(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "spec", [GOOD, GOOD_MLP, IDENTITY, SILENT], ids=["attention", "mlp", "both", "silent"]
+    "spec",
+    [GOOD, GOOD_MLP, IDENTITY, SILENT, PRUNABLE],
+    ids=["attention", "mlp", "both", "silent", "prunable"],
 )
 def test_a_good_mixer_passes(spec):
     results = run_checks(spec)

@@ -74,6 +74,7 @@ def test_the_sites_of_plain_transformers(make, prefix, scaled):
             "causal": False,
             "hidden": None if attention else 96,
             "activation": None if attention else "gelu",
+            "gated": False,
             "norm": f"blocks.{block}.norm{number}",
             "scale": f"blocks.{block}.ls{number}" if scaled else None,
         }
@@ -310,14 +311,6 @@ def test_an_mlp_that_does_more_is_not_for_us():
     model = tiny.tiny_vit()
     model.blocks[1].mlp.norm = nn.LayerNorm(96)
     assert "is more than fc2(act(fc1(x)))" in reasons(model)["blocks.1.mlp"]
-
-
-def test_a_gated_mlp_is_not_for_us():
-    _timm()
-    from timm.layers import SwiGLU
-
-    model = tiny.tiny_vit(mlp_layer=SwiGLU)
-    assert all(site.kind == "attention" for site in HOST.find_sites(model)[0])
 
 
 def test_sites_off_the_residual_stream_have_no_norm():

@@ -14,6 +14,7 @@ from torch import nn
 
 from mixerzoo.data import ImageConfig
 from mixerzoo.errors import MixerzooError, did_you_mean
+from mixerzoo.pruning import Units
 from mixerzoo.spec import Site
 
 Stage = Callable[[torch.Tensor], torch.Tensor]
@@ -72,6 +73,9 @@ class Host(Protocol):
 
     def output_layer(self, module: nn.Module, site: Site) -> str | None:
         """Return the path of the linear layer whose output is the module's, or None if there is none."""
+
+    def units(self, module: nn.Module, site: Site) -> Mapping[str, Units]:
+        """Return the units of the teacher's own module that can be pruned, by kind: `hidden` of an MLP, `heads`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,8 @@ from torch import nn
 from mixerzoo.compat import guard_torchvision
 from mixerzoo.data import ImageConfig
 from mixerzoo.errors import MixerzooError
-from mixerzoo.hosts import Rejected, Stage, run_stages
+from mixerzoo.hosts import Rejected, Stage, run_stages, timm_parts
+from mixerzoo.pruning import Units
 from mixerzoo.spec import Kind, Site
 from mixerzoo.teachers import digits_vit
 
@@ -142,8 +143,9 @@ class TimmVitHost:
                     tokens=N,
                     prefix=prefix,
                     grid=grid if grid and grid[0] * grid[1] + prefix == N else None,
-                    hidden=int(module.fc1.out_features) if kind == "mlp" else None,  # type: ignore[union-attr,arg-type]
+                    hidden=timm_parts.hidden_size(module) if kind == "mlp" else None,
                     activation=_activation(module) if kind == "mlp" else None,
+                    gated=kind == "mlp" and timm_parts.is_gated(module),
                     norm=norm,
                     scale=scale,
                 )
@@ -181,30 +183,16 @@ class TimmVitHost:
         return maps
 
     def hidden_units(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """Return act(fc1(x)), (B, N, hidden)."""
-        m: Any = module
-        hidden: torch.Tensor = m.act(m.fc1(x))
-        return hidden
+        """Return act(fc1(x)), or act(gate) * value of a gated MLP: (B, N, hidden)."""
+        return timm_parts.hidden_units(module, x)
 
     def weights(self, module: nn.Module, site: Site) -> dict[str, torch.Tensor]:
         """Return copies of the module's weights, split into q, k, v and output, or into in and out."""
         m: Any = module
-
-        def parts(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
-            weight = linear.weight.detach().clone()
-            bias = torch.zeros(len(weight)) if linear.bias is None else linear.bias.detach().clone()
-            return weight, bias
-
         if site.kind == "mlp":
-            (in_weight, in_bias), (out_weight, out_bias) = parts(m.fc1), parts(m.fc2)
-            return {
-                "in_weight": in_weight,
-                "in_bias": in_bias,
-                "out_weight": out_weight,
-                "out_bias": out_bias,
-            }
-        weight, bias = parts(m.qkv)
-        out_weight, out_bias = parts(m.proj)
+            return timm_parts.mlp_weights(module)
+        weight, bias = timm_parts.parts(m.qkv)
+        out_weight, out_bias = timm_parts.parts(m.proj)
         found = {"out_weight": out_weight, "out_bias": out_bias}
         for letter, w, b in zip("qkv", weight.chunk(3), bias.chunk(3), strict=True):
             found |= {f"{letter}_weight": w.clone(), f"{letter}_bias": b.clone()}
@@ -214,6 +202,10 @@ class TimmVitHost:
         """Return the module's last linear layer: `fc2` of an MLP, `proj` of attention."""
         name = "fc2" if site.kind == "mlp" else "proj"
         return name if isinstance(getattr(module, name, None), nn.Linear) else None
+
+    def units(self, module: nn.Module, site: Site) -> Mapping[str, Units]:
+        """Return the hidden units of an MLP, or the heads of an attention without norms inside."""
+        return timm_parts.units(module, site.kind)
 
     def _misbehaves(self, module: nn.Module, kind: Kind, call: _Call) -> str | None:
         """Return why the module's output is not what its weights say, or None."""
@@ -231,7 +223,7 @@ class TimmVitHost:
             return f"{type(module).__name__}: {tuple(call.x.shape)} becomes {tuple(call.y.shape)}"
         error_size = float((expected - call.y).abs().max() / call.y.abs().max().clamp_min(1e-12))
         if error_size > TOLERANCE:
-            what = "softmax(q k) v" if kind == "attention" else "fc2(act(fc1(x)))"
+            what = "softmax(q k) v" if kind == "attention" else timm_parts.formula(module)
             return f"{type(module).__name__} is more than {what} (relative difference {error_size:.1g})"
         if kind == "attention" and m.qkv.out_features != 3 * call.x.shape[-1]:
             return f"heads x head width is {m.qkv.out_features // 3}, not the model width {call.x.shape[-1]}"
@@ -301,13 +293,14 @@ def _branch(model: nn.Module, name: str, call: _Call) -> tuple[str | None, str |
     parent = name.rpartition(".")[0]
     number = "1" if name.endswith(".attn") else "2"
     norm, scale = f"{parent}.norm{number}", f"{parent}.ls{number}"
-    if norm not in call.residual or not isinstance(
-        getattr(model.get_submodule(parent), f"ls{number}", None), nn.Module
-    ):
+    block: Any = model.get_submodule(parent)
+    after = getattr(block, f"ls{number}", None)
+    plain = after is None and getattr(block, f"gamma_{number}", call) is None  # EVA's, without a layer scale
+    if norm not in call.residual or not (plain or isinstance(after, nn.Module)):
         return None, None
     if not torch.equal(model.get_submodule(norm)(call.residual[norm]), call.x):
         return None, None
-    return norm, None if isinstance(model.get_submodule(scale), nn.Identity) else scale
+    return norm, None if plain or isinstance(after, nn.Identity) else scale
 
 
 def _composes(model: nn.Module, stages: list[Stage], config: ImageConfig) -> bool:
@@ -339,12 +332,7 @@ def _looks_like(module: nn.Module) -> Kind | None:
         hasattr(module, "qkv") or hasattr(module, "q")
     ):
         return "attention"
-    if isinstance(getattr(module, "fc1", None), nn.Linear) and isinstance(
-        getattr(module, "fc2", None), nn.Linear
-    ):
-        # Squeeze-and-excitation blocks have fc1 and fc2 too; they are convolutions in timm.
-        return "mlp"
-    return None
+    return "mlp" if timm_parts.is_mlp(module) else None
 
 
 def _qkv(module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixerzoo import AttentionView
+from mixerzoo.pruning import Share, Units
 
 
 def head_width(dim: int, heads: int, width: float) -> int:
@@ -122,6 +123,32 @@ class Constants(nn.Module):
             now = self.get_buffer(name)
             setattr(self, name, exact.to(now.device, torch.promote_types(now.dtype, torch.float32)))
         return self
+
+
+class UnitNorm(nn.LayerNorm):
+    """A LayerNorm over units of which some were pruned: as if those were there, and zero. (..., U) -> (..., U)."""
+
+    def __init__(self, units: int, natural: int) -> None:
+        super().__init__(units)
+        self.missing = natural - units
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        if not self.missing:
+            return super().forward(input)
+        padding = (0, self.missing)
+        x, weight, bias = (F.pad(t, padding) for t in (input, self.weight, self.bias))
+        return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)[..., : -self.missing]
+
+
+def columns(parameter: str, rows: list[Tensor], *, dim: int = 1, counts: bool = True) -> list[Share]:
+    """Return each row's share of one parameter, such as the columns of a readout."""
+    return [Share(parameter=parameter, dim=dim, places=p, counts=counts) for p in rows]
+
+
+def zipped(*shares: list[Share], multiple: int = 1) -> Units:
+    """Return units, from each parameter's shares of every row."""
+    return Units(rows=tuple(zip(*shares, strict=True)), multiple=multiple)
 
 
 def factor(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:

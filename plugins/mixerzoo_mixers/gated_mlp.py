@@ -5,13 +5,25 @@ Shapes: B batch, N tokens, D model width, H heads, K the teacher's head width, R
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixerzoo import AttentionView, Caps, MixerSpec
-from mixerzoo_mixers._parts import check_tokens, head_width, inherit_values, split_heads, zero_padding
-from mixerzoo_mixers.token_mlp import mix
+from mixerzoo.pruning import Units, places, sized
+from mixerzoo_mixers._parts import (
+    UnitNorm,
+    check_tokens,
+    columns,
+    head_width,
+    inherit_values,
+    split_heads,
+    zero_padding,
+    zipped,
+)
+from mixerzoo_mixers.token_mlp import MULTIPLE, head_features, mix
 
 OPEN = 1.1444507  # gelu(OPEN) = 1: with this bias, a gelu gate without input lets everything through
 
@@ -65,9 +77,18 @@ class GluMlp(nn.Module):
     are 0: then this is `Static`.
     """
 
-    def __init__(self, dim: int, heads: int, tokens: int, width: float, causal: bool) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        tokens: int,
+        width: float,
+        causal: bool,
+        sizes: Mapping[str, int] | None = None,
+    ) -> None:
         super().__init__()
-        rank = head_width(dim, heads, width)
+        rank = sized(sizes, "features", head_width(dim, heads, width))
+        heads = sized(sizes, "heads", heads)
         self.tokens, self.causal = tokens, causal
         self.mixing = nn.Parameter(torch.randn(heads, tokens, tokens) * tokens**-0.5)
         self.value_gate = nn.Linear(dim, 2 * heads * rank)  # value and gate in one product
@@ -92,6 +113,21 @@ def inherit_glu(mixer: GluMlp, view: AttentionView) -> None:
     inherit_values(view, split_heads(value[0], heads, 0), mixer.readout)
 
 
+def glu_units(mixer: GluMlp) -> dict[str, Units]:
+    """Return the heads, and the features of each, with their gates."""
+    heads = len(mixer.mixing)
+    rank = mixer.value_gate.out_features // (2 * heads)
+    return {
+        "heads": zipped(
+            columns("mixing", places(heads, units=0), dim=0),
+            columns("value_gate.weight", places(2, heads, rank, units=1), dim=0),
+            columns("value_gate.bias", places(2, heads, rank, units=1), dim=0, counts=False),
+            columns("readout.weight", places(heads, rank, units=0)),
+        ),
+        "features": head_features(heads, rank, parts=2, bias=True),
+    }
+
+
 class Gmlp(nn.Module):
     """gMLP's spatial gating unit: y_n = W [u_n * (sum_m A_nm LN(v_m) + a_n); x_n] + b. (B, N, D) -> (B, N, D).
 
@@ -100,12 +136,21 @@ class Gmlp(nn.Module):
     token.
     """
 
-    def __init__(self, dim: int, heads: int, tokens: int, width: float, causal: bool) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        tokens: int,
+        width: float,
+        causal: bool,
+        sizes: Mapping[str, int] | None = None,
+    ) -> None:
         super().__init__()
-        units = heads * head_width(dim, heads, width)
+        natural = heads * head_width(dim, heads, width)
+        units = sized(sizes, "units", natural)
         self.tokens, self.heads, self.causal = tokens, heads, causal
         self.gate_value = nn.Linear(dim, 2 * units)
-        self.norm = nn.LayerNorm(units)
+        self.norm = UnitNorm(units, natural)
         self.mixing = nn.Parameter(
             torch.randn(tokens, tokens) * 1e-6
         )  # as the paper starts: every token alone
@@ -141,6 +186,24 @@ def inherit_gmlp(mixer: Gmlp, view: AttentionView) -> None:
     fill_readout(view, mixer.readout, heads, spread(view))
 
 
+def gmlp_units(mixer: Gmlp) -> dict[str, Units]:
+    """Return the units, with their gates."""
+    units = mixer.readout.in_features - mixer.readout.out_features
+    return {"units": gated_units(places(2, units, units=1), places(units, units=0), ("norm",))}
+
+
+def gated_units(pairs: list[Tensor], own: list[Tensor], norms: tuple[str, ...]) -> Units:
+    """Return the units of a layer `gate_value` with some norms behind it; the norms are over all rows."""
+    behind = [columns(f"{n}.{part}", own, dim=0, counts=False) for n in norms for part in ("weight", "bias")]
+    return zipped(
+        columns("gate_value.weight", pairs, dim=0),
+        columns("gate_value.bias", pairs, dim=0, counts=False),
+        *behind,
+        columns("readout.weight", own),
+        multiple=MULTIPLE,
+    )
+
+
 class Activator(nn.Module):
     """A gated linear unit whose values meet: y_n = W [LN_1(gelu(G x_n + e)) * sum_m A_hnm LN_2(V x_m + c)_h; x_n] + b.
 
@@ -151,12 +214,21 @@ class Activator(nn.Module):
     one norm between gates and values.
     """
 
-    def __init__(self, dim: int, heads: int, tokens: int, width: float, causal: bool) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        tokens: int,
+        width: float,
+        causal: bool,
+        sizes: Mapping[str, int] | None = None,
+    ) -> None:
         super().__init__()
-        units = heads * head_width(dim, heads, width)
+        natural = head_width(dim, heads, width)
+        units = heads * sized(sizes, "features", natural)
         self.tokens, self.causal = tokens, causal
         self.gate_value = nn.Linear(dim, 2 * units)
-        self.gate_norm, self.value_norm = nn.LayerNorm(units), nn.LayerNorm(units)
+        self.gate_norm, self.value_norm = (UnitNorm(units, heads * natural) for _ in range(2))
         self.mixing = nn.Parameter(torch.randn(heads, tokens, tokens) * tokens**-0.5)
         self.readout = nn.Linear(units + dim, dim)
 
@@ -181,6 +253,14 @@ def inherit_activator(mixer: Activator, view: AttentionView) -> None:
     fill_readout(view, mixer.readout, heads, spread(view))
 
 
+def activator_units(mixer: Activator) -> dict[str, Units]:
+    """Return the features of each head, with their gates."""
+    heads, units = len(mixer.mixing), mixer.readout.in_features - mixer.readout.out_features
+    shape = (heads, units // heads)
+    pairs, own = places(2, *shape, units=2, rows=1), places(*shape, units=1, rows=0)
+    return {"features": gated_units(pairs, own, ("gate_norm", "value_norm"))}
+
+
 GLU_MLP = MixerSpec(
     name="glu_mlp",
     build=GluMlp,
@@ -189,6 +269,7 @@ GLU_MLP = MixerSpec(
     caps=Caps(causal=True, masks=True, exportable=True),
     inherit=inherit_glu,
     readout="readout",
+    units=glu_units,
     cost="N D^2 + N^2 D",
     paper="own design; gating after GLU, arXiv 1612.08083, and gMLP, arXiv 2105.08050",
     letter="G",
@@ -202,6 +283,7 @@ GMLP = MixerSpec(
     caps=Caps(causal=True, masks=True, exportable=True),
     inherit=inherit_gmlp,
     readout="readout",
+    units=gmlp_units,
     cost="N D^2 + N^2 D",
     paper="gMLP, arXiv 2105.08050",
     letter="Gm",
@@ -215,6 +297,7 @@ ACTIVATOR = MixerSpec(
     caps=Caps(causal=True, masks=True, exportable=True),
     inherit=inherit_activator,
     readout="readout",
+    units=activator_units,
     cost="N D^2 + N^2 D",
     paper="Activator, arXiv 2405.15953, with token mixing added",
     letter="Ac",

@@ -6,19 +6,24 @@ in a chunk, G chunks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixerzoo import AttentionView, Caps, MixerSpec
+from mixerzoo.pruning import Units, places, sized
 from mixerzoo_mixers._parts import (
     at_least_float,
     chunks,
+    columns,
     head_width,
     inherit_qkv,
     split_heads,
     unchunk,
     zero_padding,
+    zipped,
 )
 
 EPS = 1e-6
@@ -61,9 +66,12 @@ class FeatureAttention(nn.Module):
     are (R, D) maps of x with a bias. If causal, m <= n. No scale is applied to q. A subclass says what f is.
     """
 
-    def __init__(self, dim: int, heads: int, width: float, causal: bool) -> None:
+    def __init__(
+        self, dim: int, heads: int, width: float, causal: bool, sizes: Mapping[str, int] | None = None
+    ) -> None:
         super().__init__()
         rank = head_width(dim, heads, width)
+        heads = sized(sizes, "heads", heads)
         self.heads, self.causal = heads, causal
         self.split = 2 * heads * rank  # q and k come before v
         self.qkv = nn.Linear(dim, 3 * heads * rank)
@@ -132,6 +140,18 @@ def inherit_softmax_linear(mixer: SoftmaxLinear, view: AttentionView) -> None:
     mixer.qkv.bias[: mixer.split] *= SHARPNESS
 
 
+def attention_heads(mixer: FeatureAttention) -> dict[str, Units]:
+    """Return the heads: their q, k and v, and their columns of the readout."""
+    heads, rank = mixer.heads, mixer.split // (2 * mixer.heads)
+    return {
+        "heads": zipped(
+            columns("qkv.weight", places(3, heads, rank, units=1), dim=0),
+            columns("qkv.bias", places(3, heads, rank, units=1), dim=0, counts=False),
+            columns("readout.weight", places(heads, rank, units=0)),
+        )
+    }
+
+
 LINEAR_ATTENTION = MixerSpec(
     name="linear_attention",
     build=LinearAttention,
@@ -140,6 +160,7 @@ LINEAR_ATTENTION = MixerSpec(
     caps=Caps(any_length=True, causal=True, masks=True, exportable=True),
     inherit=inherit_features,
     readout="readout",
+    units=attention_heads,
     cost="N D^2 + N D K",
     paper="arXiv 2006.16236",
     letter="K",
@@ -153,6 +174,7 @@ RELU_ATTENTION = MixerSpec(
     caps=Caps(any_length=True, causal=True, masks=True, exportable=True),
     inherit=inherit_features,
     readout="readout",
+    units=attention_heads,
     cost="N D^2 + N D K",
     paper="EfficientViT, arXiv 2205.14756, on one scale",
     letter="Kr",
@@ -166,6 +188,7 @@ SOFTMAX_LINEAR = MixerSpec(
     caps=Caps(any_length=True, causal=True, masks=True, exportable=True),
     inherit=inherit_softmax_linear,
     readout="readout",
+    units=attention_heads,
     cost="N D^2 + N D K",
     paper="Hedgehog, arXiv 2402.04347",
     letter="Kh",

@@ -5,6 +5,7 @@ Shapes: B batch, N tokens, D model width, H heads, K = D / H head width, S hidde
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -12,10 +13,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from mixerzoo import AttentionView, Caps, MixerSpec
+from mixerzoo.pruning import Share, Units, places, sized
 from mixerzoo_mixers._grid import grid_readout, need_grid, read_grid
 from mixerzoo_mixers._parts import check_tokens, compact, expand, head_width, split_heads, zero_padding
 from mixerzoo_mixers.kernels import usable
 from mixerzoo_mixers.kernels.lstm import recurrence
+
+MULTIPLE = 4  # units of a pruned LSTM: whole vectors of the processor
 
 
 class MultiheadLstm(nn.Module):
@@ -24,12 +28,14 @@ class MultiheadLstm(nn.Module):
     Each head has its own bidirectional LSTM from K to S = K * width hidden units a direction, and its own
     projection P_h from both directions back to K. This is the deployed form; FAR trains one LSTM over all heads
     with block-diagonal weights, most of which are stored zeros, to the same values. If causal, the LSTMs only run
-    forward.
+    forward. `units` may be fewer than S: each direction of each head has then lost some of its own.
     """
 
-    def __init__(self, dim: int, heads: int, width: float, causal: bool) -> None:
+    def __init__(
+        self, dim: int, heads: int, width: float, causal: bool, sizes: Mapping[str, int] | None = None
+    ) -> None:
         super().__init__()
-        hidden = head_width(dim, heads, width)
+        hidden = sized(sizes, "units", head_width(dim, heads, width))
         head_dim = dim // heads
         self.pre_proj = nn.Linear(dim, dim)
         self.lstm = nn.ModuleList(
@@ -96,6 +102,37 @@ def inherit_lstm(mixer: MultiheadLstm, view: AttentionView) -> None:
     mixer.post_proj.bias.copy_(view.out_bias)
 
 
+def direction_units(path: str, lstm: nn.LSTM) -> list[tuple[Share, ...]]:
+    """Return a row of units for each direction of an LSTM: their rows of all gates and what they tell each other.
+
+    That is FAR's group; biases are cut with it.
+    """
+    gates, own = places(4, lstm.hidden_size, units=1)[0], places(lstm.hidden_size, units=0)[0]
+    return [
+        (
+            Share(parameter=f"{path}.weight_ih_l0{suffix}", dim=0, places=gates),
+            Share(parameter=f"{path}.weight_hh_l0{suffix}", dim=0, places=gates),
+            Share(parameter=f"{path}.weight_hh_l0{suffix}", dim=1, places=own),
+            Share(parameter=f"{path}.bias_ih_l0{suffix}", dim=0, places=gates, counts=False),
+            Share(parameter=f"{path}.bias_hh_l0{suffix}", dim=0, places=gates, counts=False),
+        )
+        for suffix in (("", "_reverse") if lstm.bidirectional else ("",))
+    ]
+
+
+def lstm_units(mixer: MultiheadLstm) -> dict[str, Units]:
+    """Return the hidden units of every head and direction; all keep as many: they are one kernel."""
+    rows = []
+    for head, lstm in enumerate(cast(list[nn.LSTM], list(mixer.lstm))):
+        directions = direction_units(f"lstm.{head}", lstm)
+        outs = places(len(directions), lstm.hidden_size, units=1, rows=0)
+        for shares, out in zip(directions, outs, strict=True):
+            rows.append(
+                (*shares, Share(parameter=f"head_proj.{head}.weight", dim=1, places=out, counts=False))
+            )
+    return {"units": Units(rows=tuple(rows), multiple=MULTIPLE)}
+
+
 class Lstm2d(nn.Module):
     """Sequencer's LSTMs along the columns and the rows of the grid, each both ways. (B, N, D) -> (B, N, D).
 
@@ -104,10 +141,16 @@ class Lstm2d(nn.Module):
     """
 
     def __init__(
-        self, dim: int, tokens: int, width: float, prefix: int, grid: tuple[int, int] | None
+        self,
+        dim: int,
+        tokens: int,
+        width: float,
+        prefix: int,
+        grid: tuple[int, int] | None,
+        sizes: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
-        hidden = max(1, round(dim / 4 * width))
+        hidden = sized(sizes, "units", max(1, round(dim / 4 * width)))
         self.grid, self.tokens = need_grid("lstm2d", grid), tokens
         self.rnn_v, self.rnn_h = (
             nn.LSTM(dim, hidden, batch_first=True, bidirectional=True) for _ in range(2)
@@ -123,6 +166,17 @@ class Lstm2d(nn.Module):
         along = both_ways(self.rnn_h, cells.flatten(0, 1)).unflatten(0, (-1, rows))
         down = down.unflatten(0, (-1, columns)).transpose(1, 2)
         return read_grid(self.readout, torch.cat((down, along), dim=-1).flatten(1, 2), x)
+
+
+def lstm2d_units(mixer: Lstm2d) -> dict[str, Units]:
+    """Return the hidden units of the four directions."""
+    directions = [*direction_units("rnn_v", mixer.rnn_v), *direction_units("rnn_h", mixer.rnn_h)]
+    outs = places(4, mixer.rnn_v.hidden_size, units=1, rows=0)
+    rows = tuple(
+        (*shares, Share(parameter="readout.weight", dim=1, places=out, counts=False))
+        for shares, out in zip(directions, outs, strict=True)
+    )
+    return {"units": Units(rows=rows, multiple=MULTIPLE)}
 
 
 def both_ways(lstm: nn.LSTM, x: Tensor) -> Tensor:
@@ -148,6 +202,7 @@ MULTIHEAD_LSTM = MixerSpec(
     caps=Caps(any_length=True, causal=True, masks=True),
     inherit=inherit_lstm,
     readout="post_proj",
+    units=lstm_units,
     cost="N D^2 + N D K, one token after the other",
     paper="FAR, arXiv 2505.21535",
     letter="R",
@@ -159,6 +214,7 @@ LSTM2D = MixerSpec(
     summary="LSTMs along the rows and the columns of the grid, and the token itself",
     widths=(0.5, 1.0, 2.0),
     readout="readout",
+    units=lstm2d_units,
     cost="N D^2, one row after the other",
     paper="Sequencer, arXiv 2205.01972",
     letter="Ld",

@@ -7,20 +7,24 @@ tokens, T tiles of the grid.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixerzoo import AttentionView, Caps, MixerSpec
+from mixerzoo.pruning import Units, places, sized
 from mixerzoo_mixers._grid import from_grid, need_grid, to_grid
 from mixerzoo_mixers._parts import (
     check_tokens,
+    columns,
     factor,
     head_width,
     inherit_values,
     split_heads,
     zero_padding,
+    zipped,
 )
 
 KERNEL = 5  # side of the convolution of `cascaded_group`
@@ -201,10 +205,12 @@ class FewerHeads(nn.Module):
     y_n = W [sum_m softmax(q_n . k_m / sqrt K) v_hm for all h; x_n] + b. If causal, m <= n.
     """
 
-    def __init__(self, dim: int, heads: int, width: float, causal: bool) -> None:
+    def __init__(
+        self, dim: int, heads: int, width: float, causal: bool, sizes: Mapping[str, int] | None = None
+    ) -> None:
         super().__init__()
-        inner = max(1, round(width * heads)) * head_width(dim, heads, 1)
-        self.heads, self.causal = max(1, round(width * heads)), causal
+        self.heads, self.causal = sized(sizes, "heads", max(1, round(width * heads))), causal
+        inner = self.heads * head_width(dim, heads, 1)
         self.qkv = nn.Linear(dim, 3 * inner)
         self.readout = nn.Linear(inner + dim, dim)
 
@@ -272,6 +278,18 @@ def inherit_fewer_heads(mixer: FewerHeads, view: AttentionView) -> None:
     mixer.readout.bias.copy_(view.out_bias + view.out_weight @ view.v_bias)
 
 
+def fewer_heads_units(mixer: FewerHeads) -> dict[str, Units]:
+    """Return the heads: their q, k and v, and their columns of the readout."""
+    heads, rank = mixer.heads, mixer.qkv.out_features // (3 * mixer.heads)
+    return {
+        "heads": zipped(
+            columns("qkv.weight", places(3, heads, rank, units=1), dim=0),
+            columns("qkv.bias", places(3, heads, rank, units=1), dim=0, counts=False),
+            columns("readout.weight", places(heads, rank, units=0)),
+        )
+    }
+
+
 STRIP = MixerSpec(
     name="strip",
     build=Strip,
@@ -306,6 +324,7 @@ FEWER_HEADS = MixerSpec(
     caps=Caps(any_length=True, causal=True, masks=True, exportable=True),
     inherit=inherit_fewer_heads,
     readout="readout",
+    units=fewer_heads_units,
     cost="N D^2 + N^2 D",
     paper="own design; merging heads after GQA, arXiv 2305.13245, and pruning them after arXiv 1905.10650",
     letter="Fw",

@@ -7,14 +7,23 @@ Shapes: B batch, N tokens, D model width, H heads, K head width, S hidden units.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixerzoo import AttentionView, Caps, MixerSpec, MixerzooError
-from mixerzoo_mixers._parts import check_tokens, head_width, split_heads, zero_padding
+from mixerzoo.pruning import Share, Units, places, sized
+from mixerzoo_mixers._parts import (
+    UnitNorm,
+    check_tokens,
+    columns,
+    head_width,
+    split_heads,
+    zero_padding,
+    zipped,
+)
 
 LIMIT_GIB = 2  # of float32 weights in one mixer
 LEAK = 0.01  # slope of LeakyReLU below zero
@@ -66,13 +75,14 @@ class ShallowFfn(nn.Module):
     b = 0).
     """
 
-    def __init__(self, dim: int, tokens: int, width: float) -> None:
+    def __init__(self, dim: int, tokens: int, width: float, sizes: Mapping[str, int] | None = None) -> None:
         super().__init__()
         flat = tokens * dim
-        hidden = max(FEWEST, round(flat / 256 * width))
+        natural = max(FEWEST, round(flat / 256 * width))
+        hidden = sized(sizes, "hidden", natural)
         demand_affordable("shallow_ffn", width, tokens, dim, 2 * flat * hidden)
         self.tokens = tokens
-        self.norm1, self.norm2 = nn.LayerNorm(flat), nn.LayerNorm(hidden)
+        self.norm1, self.norm2 = nn.LayerNorm(flat), UnitNorm(hidden, natural)
         self.up, self.down = nn.Linear(flat, hidden), nn.Linear(hidden, flat)
         self.readout = nn.Linear(2 * dim, dim)
 
@@ -119,6 +129,21 @@ def inherit_shallow_ffn(mixer: ShallowFfn, view: AttentionView) -> None:
     mixer.readout.bias.copy_(view.out_bias + view.out_weight @ view.v_bias)
 
 
+def shallow_ffn_units(mixer: ShallowFfn) -> dict[str, Units]:
+    """Return the hidden units."""
+    own = places(mixer.up.out_features, units=0)
+    return {
+        "hidden": zipped(
+            columns("up.weight", own, dim=0),
+            columns("up.bias", own, dim=0, counts=False),
+            columns("norm2.weight", own, dim=0, counts=False),
+            columns("norm2.bias", own, dim=0, counts=False),
+            columns("down.weight", own),
+            multiple=FEWEST,
+        )
+    }
+
+
 class ShallowFfnHeads(nn.Module):
     """One network a head over its values: y_n = W [f_h(V_h x)_n for all h; x_n] + b. (B, N, D) -> (B, N, D).
 
@@ -128,14 +153,17 @@ class ShallowFfnHeads(nn.Module):
     teacher's. The readout is the output projection that ALSR keeps, and sees the token too.
     """
 
-    def __init__(self, dim: int, heads: int, tokens: int, width: float) -> None:
+    def __init__(
+        self, dim: int, heads: int, tokens: int, width: float, sizes: Mapping[str, int] | None = None
+    ) -> None:
         super().__init__()
         flat = tokens * head_width(dim, heads, 1.0)
-        hidden = max(FEWEST, round(flat / 64 * width))
+        natural = max(FEWEST, round(flat / 64 * width))
+        hidden = sized(sizes, "hidden", natural)
         demand_affordable("shallow_ffn_heads", width, tokens, dim, 2 * heads * flat * hidden)
         self.tokens = tokens
         self.value = nn.Linear(dim, dim, bias=False)
-        self.norm1, self.norm2 = HeadNorm(heads, flat), HeadNorm(heads, hidden)
+        self.norm1, self.norm2 = HeadNorm(heads, flat, flat), HeadNorm(heads, hidden, natural)
         self.up, self.down = HeadLinear(heads, flat, hidden), HeadLinear(heads, hidden, flat)
         self.readout = nn.Linear(2 * dim, dim)
 
@@ -150,10 +178,11 @@ class ShallowFfnHeads(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """A LayerNorm a head: (H, B, size) -> (H, B, size)."""
+    """A LayerNorm a head: (H, B, size) -> (H, B, size); what is missing to the natural size counts as zeros."""
 
-    def __init__(self, heads: int, size: int) -> None:
+    def __init__(self, heads: int, size: int, natural: int) -> None:
         super().__init__()
+        self.missing = natural - size
         self.weight, self.bias = (
             nn.Parameter(torch.ones(heads, 1, size)),
             nn.Parameter(torch.zeros(heads, 1, size)),
@@ -161,6 +190,9 @@ class HeadNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (H, B, size) over its last dimension."""
+        if self.missing:
+            whole = F.pad(x, (0, self.missing))
+            return F.layer_norm(whole, whole.shape[-1:])[..., : -self.missing] * self.weight + self.bias
         return F.layer_norm(x, x.shape[-1:]) * self.weight + self.bias
 
 
@@ -212,6 +244,27 @@ def inherit_shallow_ffn_heads(mixer: ShallowFfnHeads, view: AttentionView) -> No
     mixer.readout.bias.copy_(view.out_bias + view.out_weight @ view.v_bias)
 
 
+def shallow_ffn_heads_units(mixer: ShallowFfnHeads) -> dict[str, Units]:
+    """Return the hidden units of each head."""
+    heads, hidden, _ = mixer.up.weight.shape
+    (own,) = places(hidden, units=0)
+    parts = (
+        ("up.weight", 1, True),
+        ("up.bias", 2, False),
+        ("norm2.weight", 2, False),
+        ("norm2.bias", 2, False),
+        ("down.weight", 2, True),
+    )
+    rows = tuple(
+        tuple(
+            Share(parameter=name, dim=dim, places=own, only=(0, head), counts=counts)
+            for name, dim, counts in parts
+        )
+        for head in range(heads)
+    )
+    return {"hidden": Units(rows=rows, multiple=FEWEST)}
+
+
 SHALLOW_FFN = MixerSpec(
     name="shallow_ffn",
     build=ShallowFfn,
@@ -220,6 +273,7 @@ SHALLOW_FFN = MixerSpec(
     caps=Caps(masks=True, exportable=True),
     inherit=inherit_shallow_ffn,
     readout="readout",
+    units=shallow_ffn_units,
     cost="N^2 D^2 / 128 + N D^2",
     paper="Rethinking Attention (ALR), arXiv 2311.10642",
     letter="F",
@@ -233,6 +287,7 @@ SHALLOW_FFN_HEADS = MixerSpec(
     caps=Caps(masks=True, exportable=True),
     inherit=inherit_shallow_ffn_heads,
     readout="readout",
+    units=shallow_ffn_heads_units,
     cost="N^2 D K / 32 + N D^2",
     paper="Rethinking Attention (ALSR), arXiv 2311.10642",
     letter="Fh",

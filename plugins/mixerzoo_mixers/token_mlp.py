@@ -5,12 +5,25 @@ Shapes: B batch, N tokens, D model width, H heads, K the teacher's head width, R
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixerzoo import AttentionView, Caps, MixerSpec
-from mixerzoo_mixers._parts import check_tokens, head_width, inherit_values, split_heads, zero_padding
+from mixerzoo.pruning import Share, Units, places, sized
+from mixerzoo_mixers._parts import (
+    check_tokens,
+    columns,
+    head_width,
+    inherit_values,
+    split_heads,
+    zero_padding,
+    zipped,
+)
+
+MULTIPLE = 4  # features of a pruned head
 
 
 def mix(mixing: Tensor, value: Tensor, causal: bool) -> Tensor:
@@ -29,9 +42,18 @@ class Static(nn.Module):
     readout make up for much of what an average map misses.
     """
 
-    def __init__(self, dim: int, heads: int, tokens: int, width: float, causal: bool) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        tokens: int,
+        width: float,
+        causal: bool,
+        sizes: Mapping[str, int] | None = None,
+    ) -> None:
         super().__init__()
-        rank = head_width(dim, heads, width)
+        rank = sized(sizes, "features", head_width(dim, heads, width))
+        heads = sized(sizes, "heads", heads)
         self.tokens, self.causal = tokens, causal
         self.mixing = nn.Parameter(torch.randn(heads, tokens, tokens) * tokens**-0.5)
         self.value = nn.Linear(dim, heads * rank, bias=False)
@@ -52,6 +74,36 @@ def inherit_static(mixer: Static, view: AttentionView) -> None:
     inherit_values(view, split_heads(mixer.value.weight, len(mixer.mixing), 0), mixer.readout)
 
 
+def head_features(heads: int, rank: int, *, parts: int, bias: bool) -> Units:
+    """Return the features of each head of `mix`: their rows of the layer that makes them, and of the readout.
+
+    Args:
+        heads: H.
+        rank: R.
+        parts: 1 for a layer `value`; 2 for `value_gate`, which makes gates too.
+        bias: whether that layer has one.
+    """
+    layer = "value" if parts == 1 else "value_gate"
+    rows = places(parts, heads, rank, units=2, rows=1)
+    biases = [columns(f"{layer}.bias", rows, dim=0, counts=False)] if bias else []
+    readout = columns("readout.weight", places(heads, rank, units=1, rows=0))
+    return zipped(columns(f"{layer}.weight", rows, dim=0), *biases, readout, multiple=MULTIPLE)
+
+
+def static_units(mixer: Static) -> dict[str, Units]:
+    """Return the heads, and the features of each."""
+    heads = len(mixer.mixing)
+    rank = mixer.value.out_features // heads
+    return {
+        "heads": zipped(
+            columns("mixing", places(heads, units=0), dim=0),
+            columns("value.weight", places(heads, rank, units=0), dim=0),
+            columns("readout.weight", places(heads, rank, units=0)),
+        ),
+        "features": head_features(heads, rank, parts=1, bias=False),
+    }
+
+
 class TokenMlp(nn.Module):
     """MLP-Mixer's token-mixing MLP: y_n = W [(W2_h gelu(W1_h V_h x + b1_h) + b2_h)_n for all h; x_n] + b.
 
@@ -63,15 +115,25 @@ class TokenMlp(nn.Module):
 
     position: Tensor
 
-    def __init__(self, dim: int, heads: int, tokens: int, width: float, causal: bool) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        tokens: int,
+        width: float,
+        causal: bool,
+        sizes: Mapping[str, int] | None = None,
+    ) -> None:
         super().__init__()
         rank = head_width(dim, heads, 1.0)
+        heads = sized(sizes, "heads", heads)
         pairs = max(1, round(tokens * width / 2))
+        hidden = sized(sizes, "hidden", 2 * pairs)
         self.tokens, self.causal = tokens, causal
         self.value = nn.Linear(dim, heads * rank, bias=False)
-        self.weight1 = nn.Parameter(torch.randn(heads, 2 * pairs, tokens) * tokens**-0.5)
-        self.bias1 = nn.Parameter(torch.zeros(heads, 2 * pairs))
-        self.weight2 = nn.Parameter(torch.randn(heads, tokens, 2 * pairs) * (2 * pairs) ** -0.5)
+        self.weight1 = nn.Parameter(torch.randn(heads, hidden, tokens) * tokens**-0.5)
+        self.bias1 = nn.Parameter(torch.zeros(heads, hidden))
+        self.weight2 = nn.Parameter(torch.randn(heads, tokens, hidden) * hidden**-0.5)
         self.bias2 = nn.Parameter(torch.zeros(heads, tokens))
         self.readout = nn.Linear(heads * rank + dim, dim)
         position = torch.arange(pairs) * tokens // pairs
@@ -123,6 +185,35 @@ def inherit_token_mlp(mixer: TokenMlp, view: AttentionView) -> None:
     inherit_values(view, split_heads(mixer.value.weight, len(maps), 0), mixer.readout)
 
 
+def token_mlp_units(mixer: TokenMlp) -> dict[str, Units]:
+    """Return the heads and, unless causal (each is then a certain token's), the hidden tokens of each."""
+    heads, hidden, _ = mixer.weight1.shape
+    rank = mixer.value.out_features // heads
+    own = places(heads, units=0)
+    found = {
+        "heads": zipped(
+            columns("value.weight", places(heads, rank, units=0), dim=0),
+            columns("weight1", own, dim=0),
+            columns("bias1", own, dim=0, counts=False),
+            columns("weight2", own, dim=0),
+            columns("bias2", own, dim=0, counts=False),
+            columns("readout.weight", places(heads, rank, units=0)),
+        )
+    }
+    if not mixer.causal:
+        (all_hidden,) = places(hidden, units=0)
+        parts = (("weight1", 1, True), ("bias1", 1, False), ("weight2", 2, True))
+        rows = tuple(
+            tuple(
+                Share(parameter=name, dim=dim, places=all_hidden, only=(0, head), counts=counts)
+                for name, dim, counts in parts
+            )
+            for head in range(heads)
+        )
+        found["hidden"] = Units(rows=rows, multiple=MULTIPLE)
+    return found
+
+
 STATIC = MixerSpec(
     name="static",
     build=Static,
@@ -131,6 +222,7 @@ STATIC = MixerSpec(
     caps=Caps(causal=True, masks=True, exportable=True),
     inherit=inherit_static,
     readout="readout",
+    units=static_units,
     cost="N D^2 + N^2 D",
     paper="the random Synthesizer, arXiv 2005.00743, with the teacher's mean attention for the random map",
     letter="S",
@@ -144,6 +236,7 @@ TOKEN_MLP = MixerSpec(
     caps=Caps(causal=True, masks=True, exportable=True),
     inherit=inherit_token_mlp,
     readout="readout",
+    units=token_mlp_units,
     cost="N D^2 + N^2 D",
     paper="MLP-Mixer, arXiv 2105.01601, with an MLP a head",
     letter="T",

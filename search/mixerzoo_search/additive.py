@@ -12,6 +12,9 @@ import numpy as np
 from mixerzoo.errors import MixerzooError
 from mixerzoo.plan import KEEP_CANDIDATE, Candidate, Plan
 
+# Of the slope of measured over additive latency: what is expected of a device before any measurement.
+SLOPE_SPREAD = 0.1
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdditiveModel:
@@ -143,8 +146,9 @@ class AdditiveModel:
             additive_ms: `additive_ms(plan)` of each student.
             measured_ms: its measured latency.
 
-        The fit is a robust least squares (soft L1), so that one disturbed measurement does not tilt it. With
-        under three students, or latencies too close to give a slope, only the offset is fitted (the median).
+        The fit is a robust least squares (soft L1), so that one disturbed measurement does not tilt it. Both sides are
+        of the same teacher, so that a slope far from 1 is believed only as far as the students show it. With under
+        three students, or latencies too close to give a slope, only the offset is fitted (the median).
         """
         additive, measured = np.asarray(additive_ms, dtype=float), np.asarray(measured_ms, dtype=float)
         finite = np.isfinite(additive) & np.isfinite(measured)
@@ -175,4 +179,7 @@ def _robust_line(
         lambda p: p[0] + p[1] * unit - y, x0=[centre + offset, scale], loss="soft_l1", f_scale=noise
     )
     slope = float(fit.x[1]) / scale
+    left = 1.4826 * float(np.median(np.abs(unit * fit.x[1] + fit.x[0] - y)))
+    error = left / scale / max(x.size - 2, 1) ** 0.5
+    slope = 1 + (slope - 1) * SLOPE_SPREAD**2 / (SLOPE_SPREAD**2 + error**2)
     return float(fit.x[0]) - slope * centre, slope

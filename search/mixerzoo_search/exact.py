@@ -1,4 +1,7 @@
-"""The exact frontier of the additive model: a multiple-choice knapsack, solved as a MILP by HiGHS."""
+"""The exact frontier of the additive model: a multiple-choice knapsack.
+
+Solved by bounds and a dynamic program (`knapsack.py`). With plans to differ from it is solved as a MILP by HiGHS.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,14 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mixerzoo.plan import Plan
 from mixerzoo_search.additive import AdditiveModel
+from mixerzoo_search.knapsack import TooManyStatesError, cheapest
 
 TOLERANCE = 1e-9  # relative; HiGHS alone would accept a budget missed by 1e-6
 OPTIMAL_GAP = 1e-6
@@ -59,7 +64,12 @@ class _Program:
         self.lowest = sum(min(row) for row in model.loss)
         self.cost = np.concatenate([np.asarray(row, dtype=float) - min(row) for row in model.loss])
         self.room_ms = (budget_ms - model.intercept_ms) / model.slope - model.base_ms
+        self.tolerance = TOLERANCE * max(1.0, abs(budget_ms))
         self.cuts: list[tuple[NDArray[np.int64], int]] = []  # (variables, most of them that may be taken)
+
+    def out_of_reach(self) -> bool:
+        """Return whether not even the fastest plan meets the budget."""
+        return sum(min(row) for row in self.model.latency_ms) > self.room_ms + self.tolerance
 
     def variables(self, plan: Plan) -> NDArray[np.int64]:
         """Return the variables that the plan takes."""
@@ -142,10 +152,29 @@ def solve(
         budget_ms: latency budget.
         avoid: plans from which the solution must differ.
         overlap: the solution shares at most this fraction of its choices with each plan in `avoid`.
-        seconds: most time for one call of the solver; a plan found by then is returned with `optimal` False.
+        seconds: most time for one call of HiGHS; a plan found by then is returned with `optimal` False.
     """
+    if not avoid or shared_limit(len(model.sites), overlap) >= len(model.sites):
+        program = _Program(model, budget_ms)
+        if program.out_of_reach():
+            return None
+        exact = _without_cuts(program, budget_ms)
+        if exact is not None:
+            return exact
+    return by_highs(model, budget_ms, avoid=avoid, overlap=overlap, seconds=seconds)
+
+
+def by_highs(
+    model: AdditiveModel,
+    budget_ms: float,
+    *,
+    avoid: Sequence[Plan] = (),
+    overlap: float = 1.0,
+    seconds: float = 60.0,
+) -> Solution | None:
+    """Do what `solve` does, as a MILP whatever it is asked."""
     program = _Program(model, budget_ms)
-    if sum(min(row) for row in model.latency_ms) > program.room_ms + TOLERANCE * max(1.0, abs(budget_ms)):
+    if program.out_of_reach():
         return None
     limit = shared_limit(len(model.sites), overlap)
     if limit < len(model.sites):
@@ -172,6 +201,21 @@ def solve(
             continue
         return _solution(model, plan, program.lowest + min(bound, cost), proven)
     return None
+
+
+def _without_cuts(program: _Program, budget_ms: float) -> Solution | None:
+    """Return the best plan, by a dynamic program; None where that would grow too large, or rounding decides."""
+    model, starts = program.model, program.starts
+    spans = [slice(start, stop) for start, stop in pairwise(starts)]
+    room = program.room_ms + 0.5 * program.tolerance / model.slope
+    try:
+        found = cheapest([program.cost[s] for s in spans], [program.latency[s] for s in spans], room)
+    except TooManyStatesError:
+        return None
+    plan = None if found is None else model.plan(found)
+    if plan is None or not _holds(model, plan, budget_ms, (), len(spans)):
+        return None
+    return _solution(model, plan, model.predict_loss(plan), True)
 
 
 def _solution(model: AdditiveModel, plan: Plan, bound: float, proven: bool) -> Solution:

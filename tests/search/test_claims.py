@@ -290,20 +290,20 @@ def test_a_password_is_not_shown():
 
 @needs_fork
 def test_a_lock_is_not_kept_by_what_its_process_forks(tmp_path):
-    file, (reads, writes) = tmp_path / "one.lock", os.pipe()
+    file, (told, tells), (waits, ends) = tmp_path / "one.lock", os.pipe(), os.pipe()
+
+    def linger():
+        os.write(tells, b"x")
+        os.read(waits, 1)
+
     with holding(file):
-        child = in_child(lambda: os.read(reads, 1))
-    with holding(file, wait=False) as mine:
-        assert mine
-    os.write(writes, b"x")
-    os.waitpid(child, 0)
-
-
-def test_optuna_is_asked_for_nothing_while_a_plan_is_chosen(url, model):
-    """A plan is chosen in a copy: the study has only whole ones."""
-    study = opened(url, model)
-    plan, source = next_plan(study, [], [], model)
-    assert source == "sampler"
-    assert plan in all_plans(model)
-    assert study.trials == []
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+        child = in_child(linger)
+        os.read(told, 1)
+    try:
+        with holding(file, wait=False) as mine:
+            assert mine
+    finally:
+        os.write(ends, b"x")
+        os.waitpid(child, 0)
+        for end in (told, tells, waits, ends):
+            os.close(end)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from optuna.testing.pytest_samplers import (
     MultiObjectiveSamplerTestCase,
     RelativeSamplerTestCase,
 )
+from scipy.stats import norm
 
 from mixerzoo.plan import KEEP_CANDIDATE, Candidate, Plan
 from mixerzoo_search.additive import AdditiveModel
@@ -23,6 +26,7 @@ from mixerzoo_search.elites import elites
 from mixerzoo_search.exact import solve
 from mixerzoo_search.prior import Prior
 from mixerzoo_search.sampler import PlanSampler
+from mixerzoo_search.sampler.proposals import log_improvement
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -222,6 +226,90 @@ def test_the_sampler_can_be_pickled() -> None:
     assert plans(search(model, copy, 6.0, 5)) == plans(
         search(model, PlanSampler(model=model, budget_ms=6.0, seed=3), 6.0, 5)
     )
+
+
+def planted(seed: int, sites: int = 4, candidates: int = 6) -> tuple[AdditiveModel, np.ndarray]:
+    """Return a model whose scores are the squared lengths of vectors, and the vectors: their sum is what counts."""
+    rng = np.random.default_rng([seed, 7])
+    vectors = rng.normal(size=(sites, candidates, 6)) + 1.5 * rng.normal(size=(sites, 1, 6))
+    vectors *= rng.lognormal(-1, 0.5, (sites, candidates, 1))
+    vectors[:, 0] = 0
+    model = make_model(sites, candidates, seed)
+    return replace(
+        model, loss=tuple(tuple(map(float, row)) for row in (vectors**2).sum(-1).tolist())
+    ), vectors
+
+
+def test_it_finds_what_the_additive_model_cannot_rank() -> None:
+    found, regret, regret_of_order, trials = 0, 0.0, 0.0, 24
+    for seed in (0, 4, 6, 7):
+        model, vectors = planted(seed)
+        every = np.indices((6,) * 4).reshape(4, -1).T
+        losses = (vectors[np.arange(4), every].sum(1) ** 2).sum(-1)
+        ms = model.base_ms + np.array(model.latency_ms)[np.arange(4), every].sum(1)
+        predicted = np.array(model.loss)[np.arange(4), every].sum(1)
+        budget = float(np.quantile(ms, 0.4))
+        best = losses[ms <= budget].min()
+        order = np.argsort(np.where(ms <= budget, predicted, np.inf))[:trials]
+
+        def objective(
+            trial: optuna.Trial,
+            model: AdditiveModel = model,
+            vectors: np.ndarray = vectors,
+            budget: float = budget,
+        ) -> float:
+            plan = suggest(trial, model)
+            trial.set_constraint("latency", model.predict_ms(plan) - budget)
+            return float((vectors[np.arange(4), list(model.indices(plan))].sum(0) ** 2).sum())
+
+        study = optuna.create_study(sampler=PlanSampler(model=model, budget_ms=budget, seed=seed))
+        study.optimize(objective, n_trials=trials)
+        found += study.best_value <= best + 1e-9
+        regret += study.best_value / best - 1
+        regret_of_order += losses[order].min() / best - 1
+    assert found >= 3
+    assert regret < 0.3 * regret_of_order
+
+
+def test_measured_latencies_correct_what_is_within_the_budget() -> None:
+    for factor in (0.9, 1.1):
+        model = make_model(sites=6)
+
+        def objective(trial: optuna.Trial, model: AdditiveModel = model, factor: float = factor) -> float:
+            plan = suggest(trial, model)
+            trial.set_constraint("latency", factor * model.predict_ms(plan) - 5.0)
+            return true_loss(model, plan)
+
+        study = optuna.create_study(sampler=PlanSampler(model=model, budget_ms=5.0, seed=0))
+        study.optimize(objective, n_trials=30)
+        over = [trial.constraints["latency"] > 0 for trial in study.trials]
+        assert sum(over[6:]) <= 2
+        # All of the room there really is gets used.
+        assert (
+            max(t.constraints["latency"] for t, no in zip(study.trials, over, strict=True) if not no) > -0.15
+        )
+
+
+def test_a_study_of_three_objectives_and_no_model_is_served() -> None:
+    names = [f"c{at}" for at in range(4)]
+
+    def objective(trial: optuna.Trial) -> tuple[float, float, float]:
+        plan = [names.index(trial.suggest_categorical(f"s{at}", names)) for at in range(4)]
+        return float(sum(plan)), float(plan[0] - plan[1]), -float(plan[2])
+
+    study = optuna.create_study(directions=["minimize", "maximize", "minimize"], sampler=PlanSampler(seed=0))
+    study.optimize(objective, n_trials=25)
+    assert len(set(plans(study))) == 25
+
+
+def test_the_improvement_of_a_normal_has_no_underflow() -> None:
+    z = np.array([-1e6, -40.0, -5.0, -1.0, -0.999, 0.0, 3.0])
+    found = log_improvement(z)
+    assert np.isfinite(found).all()
+    assert (np.diff(found) > 0).all()
+    middle = z[2:]
+    plain = np.exp(-0.5 * middle**2) / math.sqrt(2 * math.pi) + middle * norm.cdf(middle)
+    np.testing.assert_allclose(found[2:], np.log(plain), rtol=1e-6)
 
 
 def trial(number: int, values: list[float], **constraints: float) -> optuna.trial.FrozenTrial:

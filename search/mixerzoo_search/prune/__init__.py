@@ -1,0 +1,1 @@
+"""`mixerzoo prune`: a family of smaller students from one, by FAR's structural pruning."""
