@@ -307,3 +307,13 @@ def test_a_lock_is_not_kept_by_what_its_process_forks(tmp_path):
         os.waitpid(child, 0)
         for end in (told, tells, waits, ends):
             os.close(end)
+
+
+def test_optuna_is_asked_for_nothing_while_a_plan_is_chosen(url, model):
+    """A plan is chosen in a copy: the study has only whole ones."""
+    study = opened(url, model)
+    plan, source = next_plan(study, [], [], model)
+    assert source == "sampler"
+    assert plan in all_plans(model)
+    assert study.trials == []
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
