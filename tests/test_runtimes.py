@@ -253,7 +253,10 @@ def test_a_search_under_onnxruntime(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("runtime", "only"), [("eager", None), *((each, FEW) for each in BOTH)])
+@pytest.mark.parametrize(
+    ("runtime", "only"),
+    [("eager", None), pytest.param("inductor", FEW, marks=needs_compiler), ("onnxruntime", FEW)],
+)
 def test_exportable_mixers_stand_at_all_sites_under_every_runtime(runtime, only, tmp_path):
     """Each at its smallest width, in a whole student of its own; one that fails would be named with its reason.
 
