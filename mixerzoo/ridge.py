@@ -70,18 +70,18 @@ class Gram:
         """Return the error of a solution (F + 1, T) over the spread."""
         return self.error(solution) / max(self.spread(), 1e-30)
 
-    def is_true(self, solution: torch.Tensor) -> bool:
-        """Say whether the error of a solution (F + 1, T) on some of the rows is about what the sums tell.
+    def is_true(self, solution: torch.Tensor, nmse: float) -> bool:
+        """Say whether the NMSE of a solution (F + 1, T) on some of the rows is about the one that the sums tell.
 
         Blocks are multiplied in float32. Where features hardly differ, beside a few that are far larger, a small
         penalty lets a solution fit the rounding errors of that, and the sums say that it is an excellent one.
         """
-        x, y = self.sample
+        x, y = (rows[: 4 * SAMPLE] for rows in self.sample)
         if len(x) < SAMPLE:
             return True  # too few to tell
         found = (torch.addmm(solution[-1].float(), x, solution[:-1].float()) - y).square().sum()
         seen = float(found) / len(x) * self.rows / max(self.spread(), 1e-30)
-        return seen <= UNLIKELY * self.nmse(solution) + SLACK
+        return seen <= UNLIKELY * nmse + SLACK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,12 +129,15 @@ def solve(
 
     def solution_of(number: int) -> Solution | None:
         solution = ridge(train, penalties[number], bias=bias, start=start)
-        if solution is None or not held_out.is_true(solution):
+        if solution is None:
+            return None
+        nmse = held_out.nmse(solution)
+        if not held_out.is_true(solution, nmse):
             return None
         return Solution(
             weight=solution[:-1].T.float().contiguous(),
             bias=solution[-1].float().contiguous(),
-            nmse=held_out.nmse(solution),
+            nmse=nmse,
             penalty=penalties[number],
         )
 

@@ -282,21 +282,25 @@ def test_two_commands_on_one_study_one_killed(start, tmp_path, whom):
     storage = f"sqlite:///{tmp_path}/run/study.db"
 
     def working():
-        if not (tmp_path / "run" / "study.db").exists():
+        record = tmp_path / "run" / "run.json"
+        if not record.exists() or json.loads(record.read_text()).get("phase") != "study":
+            assert [process.poll() for process in processes] == [None, None]
             return set()
-        try:
-            study = optuna.load_study(study_name="run", storage=connect(storage))
-        except Exception:  # it is just being made
-            return set()
+        study = optuna.load_study(study_name="run", storage=connect(storage))
         return {
             trial.user_attrs[WORKER]
             for trial in study.get_trials(deepcopy=False)
             if trial.state.name == "COMPLETE"
         }
 
-    wait_for(lambda: len(working()) == 2)
-    processes[whom].kill()
-    codes = [process.wait() for process in processes]
+    try:
+        wait_for(lambda: len(working()) == 2)
+        processes[whom].kill()
+        codes = [process.wait() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
     assert codes[whom] == -9
     assert codes[1 - whom] == 0
     study = optuna.load_study(study_name="run", storage=connect(storage))

@@ -210,14 +210,14 @@ def test_a_solution_that_fits_the_rounding_errors_of_the_sums_is_none():
     gram = gram_of(x, y, batch=300)
     good = ridge(gram, 1e-6)
     assert good is not None
-    assert gram.is_true(good)
+    assert gram.is_true(good, gram.nmse(good))
     away = torch.linalg.eigh(gram.xx[:-1, :-1]).eigenvectors[:, :1]
     bad = good.clone()
     bad[:-1] += 30 * away
-    assert gram.is_true(bad)  # it is bad, and the sums say so
+    assert gram.is_true(bad, gram.nmse(bad))  # it is bad, and the sums say so
     gram.xx[:-1, :-1] -= away @ away.T * float(away.T @ gram.xx[:-1, :-1] @ away)  # as rounding may do
     gram.xy[:-1] -= away @ (away.T @ gram.xy[:-1])
-    assert not gram.is_true(bad)
+    assert not gram.is_true(bad, gram.nmse(bad))
 
 
 def test_a_constant_target_has_a_solution():

@@ -36,6 +36,7 @@ STUDY_NAME = "mixerzoo"
 OPEN = "open"  # study attribute: whether the process that leads the search wants more trials
 OWNER = "search"  # study attribute: hash of what the search is, so that no other one takes its study
 POLL_S = 0.2
+ATTEMPTS = 5  # to open a database that other processes are just making
 LOCKED_S = 60.0  # that a process waits for another one's write to SQLite
 
 
@@ -85,11 +86,21 @@ def open_study(
 
 
 def connect(storage: str) -> optuna.storages.BaseStorage:
-    """Return the storage at a URL; with SQLite, one that waits for other processes."""
-    if not storage.startswith("sqlite:"):
-        return optuna.storages.get_storage(storage)
+    """Return the storage at a URL; with SQLite, one that waits for other processes.
+
+    Where several processes make the tables of a new database at once, all but one are told that these already exist.
+    """
     options = {"connect_args": {"timeout": LOCKED_S}}
-    return optuna.storages.get_storage(optuna.storages.RDBStorage(storage, engine_kwargs=options))
+    for left in reversed(range(ATTEMPTS)):
+        try:
+            if not storage.startswith("sqlite:"):
+                return optuna.storages.get_storage(storage)
+            return optuna.storages.get_storage(optuna.storages.RDBStorage(storage, engine_kwargs=options))
+        except Exception as error:
+            if not left or "already exists" not in str(error):
+                raise
+            time.sleep(POLL_S)
+    raise AssertionError("unreachable")
 
 
 def disconnect(storage: optuna.storages.BaseStorage) -> None:
