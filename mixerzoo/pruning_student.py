@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from mixerzoo.errors import MixerzooError
 from mixerzoo.hosts import Replacement, Teacher
 from mixerzoo.plan import Candidate, Plan
-from mixerzoo.pruning import Choose, Units, checked, hoyer_square, largest, norms, shrink, units_of
+from mixerzoo.pruning import Choose, checked, hoyer_square, largest, norms, shrink, units_of
 from mixerzoo.registry import get_registry
 from mixerzoo.spec import AttentionView, MlpView, Site, View
 from mixerzoo.student import Student
+from mixerzoo.units import Units
 
 KEPT_AS = {"mlp": Candidate("mlp_slice"), "attention": Candidate("fewer_heads")}
 SAME = 1e-3  # of an output, relative to its largest value: a module that is another one than its mixer stays whole

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mixerzoo import AttentionView, Caps, MixerSpec
-from mixerzoo.pruning import Share, Units, places, sized
+from mixerzoo.units import Share, Units, places, sized
 
 CAPS = Caps(any_length=True, causal=True, masks=True, exportable=True)
 

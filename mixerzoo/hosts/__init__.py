@@ -14,8 +14,8 @@ from torch import nn
 
 from mixerzoo.data import ImageConfig
 from mixerzoo.errors import MixerzooError, did_you_mean
-from mixerzoo.pruning import Units
 from mixerzoo.spec import Site
+from mixerzoo.units import Units
 
 Stage = Callable[[torch.Tensor], torch.Tensor]
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mixerzoo.pruning import Share, Units, places
 from mixerzoo.spec import Kind
+from mixerzoo.units import Share, Units, places
 
 MULTIPLE = 8  # hidden units of a pruned MLP are a multiple of it
 

@@ -21,9 +21,9 @@ from mixerzoo.compat import guard_torchvision
 from mixerzoo.data import ImageConfig
 from mixerzoo.errors import MixerzooError
 from mixerzoo.hosts import Rejected, Stage, run_stages, timm_parts
-from mixerzoo.pruning import Units
 from mixerzoo.spec import Kind, Site
 from mixerzoo.teachers import digits_vit
+from mixerzoo.units import Units
 
 TOLERANCE = 1e-3  # of recomputed outputs, relative to their largest value
 

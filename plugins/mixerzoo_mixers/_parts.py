@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixerzoo import AttentionView
-from mixerzoo.pruning import Share, Units
+from mixerzoo.units import Share, Units
 
 
 def head_width(dim: int, heads: int, width: float) -> int:

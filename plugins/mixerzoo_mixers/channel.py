@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixerzoo import Caps, MixerSpec, MlpView
-from mixerzoo.pruning import Units, places, sized
+from mixerzoo.units import Units, places, sized
 from mixerzoo_mixers._parts import columns, zipped
 
 MULTIPLE = 8  # hidden sizes are multiples of it: kernels like them, and fewer sizes are to be timed

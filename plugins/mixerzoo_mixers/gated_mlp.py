@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixerzoo import AttentionView, Caps, MixerSpec
-from mixerzoo.pruning import Units, places, sized
+from mixerzoo.units import Units, places, sized
 from mixerzoo_mixers._parts import (
     UnitNorm,
     check_tokens,

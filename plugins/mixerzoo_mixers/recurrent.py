@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from mixerzoo import AttentionView, Caps, MixerSpec
-from mixerzoo.pruning import Share, Units, places, sized
+from mixerzoo.units import Share, Units, places, sized
 from mixerzoo_mixers._grid import grid_readout, need_grid, read_grid
 from mixerzoo_mixers._parts import check_tokens, compact, expand, head_width, split_heads, zero_padding
 from mixerzoo_mixers.kernels import usable

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixerzoo import AttentionView, Caps, MixerSpec
-from mixerzoo.pruning import Units, places, sized
+from mixerzoo.units import Units, places, sized
 from mixerzoo_mixers._grid import from_grid, need_grid, to_grid
 from mixerzoo_mixers._parts import (
     check_tokens,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixerzoo import AttentionView, Caps, MixerSpec, MixerzooError
-from mixerzoo.pruning import Share, Units, places, sized
+from mixerzoo.units import Share, Units, places, sized
 from mixerzoo_mixers._parts import (
     UnitNorm,
     check_tokens,
