@@ -27,6 +27,12 @@ FILE_WIDTH = 160  # of the tables, where they do not go to a terminal
 @click.option("--parts", default=",".join(PARTS), show_default=True)
 @click.option("--seeds", type=int, help="table: runs of each method.  [default: 20; 2 with --quick]")
 @click.option("--methods", default="", help="table: some of the methods.  [default: all]")
+@click.option(
+    "--budgets",
+    default=",".join(map(str, search_table.BUDGETS)),
+    show_default=True,
+    help="table: shares of the way from the fastest plan to the teacher.",
+)
 @click.option("--picture", type=click.Path(path_type=Path), help="table: draw the regret curves here.")
 @click.option(
     "--cache", type=click.Path(path_type=Path), default=Path(".data"), show_default=True, help="Kept files."
@@ -41,6 +47,7 @@ def main(
     parts: str,
     seeds: int | None,
     methods: str,
+    budgets: str,
     picture: Path | None,
     cache: Path,
     processes: int,
@@ -51,6 +58,7 @@ def main(
     """Run the benchmark; what the JSON holds already, with the same settings, is kept. Exit code 1: a bar is missed."""
     chosen = _chosen(parts, PARTS, "--parts")
     names = _chosen(methods, search_table.METHODS, "--methods") if methods else search_table.METHODS
+    shares = tuple(float(share) for share in budgets.split(","))
     runs = seeds or (QUICK_SEEDS if quick else SEEDS)
     console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
 
@@ -59,7 +67,9 @@ def main(
 
     def table() -> bool:
         found = section("table", seeds=runs)
-        met = search_table.measure(found, console, seeds=runs, processes=processes, methods=names)
+        met = search_table.measure(
+            found, console, seeds=runs, processes=processes, methods=names, budgets=shares
+        )
         if picture:
             search_table.draw(found.rows, picture, runs)
         return met

@@ -85,13 +85,19 @@ def _by_prediction(table: Table, budget: float) -> list[dict[str, str]]:
 
 
 def measure(
-    section: Section, console: Console, *, seeds: int, processes: int, methods: tuple[str, ...] = METHODS
+    section: Section,
+    console: Console,
+    *,
+    seeds: int,
+    processes: int,
+    methods: tuple[str, ...] = METHODS,
+    budgets: tuple[float, ...] = BUDGETS,
 ) -> bool:
     """Run what is missing, print the figures, and say whether the bars are met."""
     wanted = [
         (method, share, seed)
         for method in methods
-        for share in BUDGETS
+        for share in budgets
         for seed in range(1 if method in (EXACT, "additive") else seeds)
     ]
     todo = [one for one in wanted if _key(*one) not in section.rows]
@@ -103,7 +109,7 @@ def measure(
             section.rows[_key(*one)] = best
             if done % SAVED == 0:
                 section.save()
-    figures = summary(section.rows, _table(), seeds, methods)
+    figures = summary(section.rows, _table(), seeds, methods, budgets)
     section.save(**figures)
     return report(figures, console)
 
@@ -117,14 +123,18 @@ def _key(method: str, share: float, seed: int) -> str:
 
 
 def summary(
-    rows: Mapping[str, list[float | None]], table: Table, seeds: int, methods: tuple[str, ...]
+    rows: Mapping[str, list[float | None]],
+    table: Table,
+    seeds: int,
+    methods: tuple[str, ...],
+    budgets: tuple[float, ...] = BUDGETS,
 ) -> dict[str, Any]:
     """Return median regrets by method, budget and evaluations, and how often the optimum was found."""
     regrets: dict[str, dict[str, dict[str, float | None]]] = {}
     found: dict[str, dict[str, float]] = {}
     counts: dict[str, int] = {}
     for method in methods:
-        for share in BUDGETS:
+        for share in budgets:
             best = table.best(budget_of(table, share))
             runs = [rows[key] for seed in range(seeds) if (key := _key(method, share, seed)) in rows]
             counts[method] = min(counts.get(method, seeds), len(runs))
@@ -136,7 +146,7 @@ def summary(
             hits = [run[FOUND_WITHIN - 1] <= 1e-12 for run in regret]
             found.setdefault(method, {})[f"{share:g}"] = sum(hits) / len(hits)
     return {
-        "optimum": {f"{share:g}": table.best(budget_of(table, share)) for share in BUDGETS},
+        "optimum": {f"{share:g}": table.best(budget_of(table, share)) for share in budgets},
         "runs": counts,
         "median_regret": regrets,
         f"found_within_{FOUND_WITHIN}": found,
@@ -150,12 +160,14 @@ def _finite(value: float) -> float | None:
 def report(figures: Mapping[str, Any], console: Console) -> bool:
     """Print the tables and the bars."""
     regrets, found = figures["median_regret"], figures[f"found_within_{FOUND_WITHIN}"]
-    columns = ["method", *(f"{share:g}: {n}" for share in BUDGETS for n in EVALUATIONS), "found in 32"]
+    budgets = list(figures["optimum"])
+    columns = ["method", *(f"{share}: {n}" for share in budgets for n in EVALUATIONS), "found in 32", "runs"]
     lines = []
     for method, by_budget in regrets.items():
-        cells = [by_budget[f"{share:g}"][str(n)] for share in BUDGETS for n in EVALUATIONS]
-        share = statistics.fmean(found[method].values())
-        lines.append([method, *("-" if c is None else f"{1e3 * c:.3g}" for c in cells), f"{share:.0%}"])
+        cells = [by_budget[share][str(n)] for share in budgets for n in EVALUATIONS]
+        found_share = statistics.fmean(found[method].values())
+        shown = ("-" if c is None else f"{1e3 * c:.3g}" for c in cells)
+        lines.append([method, *shown, f"{found_share:.0%}", str(figures["runs"][method])])
     print_table(console, "median regret in millinats, by budget and evaluations", columns, lines)
     if MIXERZOO not in regrets:
         return True

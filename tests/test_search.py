@@ -22,7 +22,7 @@ from mixerzoo.opening import open_data, open_teacher
 from mixerzoo.plan import Plan
 from mixerzoo.registry import get_registry, temporary_plugin
 from mixerzoo.score import Judge
-from mixerzoo_search import finish, search
+from mixerzoo_search import evaluate, search
 from mixerzoo_search.results import closing_lines
 
 VALIDATION = 12  # images of the 80 in the data
@@ -390,7 +390,7 @@ def slower_when_final(factor):
 
     def time(self, students, *, rounds=None, on_round=lambda done: None):
         found = tiny_search.ruled_time(self, students, rounds=rounds, on_round=on_round)
-        if rounds != finish.FINAL:
+        if rounds != evaluate.FINAL:
             return found
         return {
             name: timing

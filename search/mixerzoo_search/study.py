@@ -90,17 +90,21 @@ def connect(storage: str) -> optuna.storages.BaseStorage:
 
     Where several processes make the tables of a new database at once, all but one are told that these already exist.
     """
-    options = {"connect_args": {"timeout": LOCKED_S}}
-    for left in reversed(range(ATTEMPTS)):
+    for _ in range(ATTEMPTS - 1):
         try:
-            if not storage.startswith("sqlite:"):
-                return optuna.storages.get_storage(storage)
-            return optuna.storages.get_storage(optuna.storages.RDBStorage(storage, engine_kwargs=options))
-        except Exception as error:
-            if not left or "already exists" not in str(error):
+            return _connected(storage)
+        except Exception as error:  # SQLAlchemy's, of whatever database
+            if "already exists" not in str(error):
                 raise
             time.sleep(POLL_S)
-    raise AssertionError("unreachable")
+    return _connected(storage)
+
+
+def _connected(storage: str) -> optuna.storages.BaseStorage:
+    if not storage.startswith("sqlite:"):
+        return optuna.storages.get_storage(storage)
+    options = {"connect_args": {"timeout": LOCKED_S}}
+    return optuna.storages.get_storage(optuna.storages.RDBStorage(storage, engine_kwargs=options))
 
 
 def disconnect(storage: optuna.storages.BaseStorage) -> None:

@@ -210,12 +210,14 @@ def test_where_no_plan_meets_the_budget_the_next_are_solved_for_with_corrected_l
     assert near
 
     def finalists(context, results, limit_ms):
-        return sorted((r for r in results if r.latency_ms <= limit_ms), key=lambda r: r.loss)[:4]
+        return sorted((r for r in results if r.latency_ms <= limit_ms), key=lambda r: r.loss)[:4], []
 
     noted = []
     context.reporter.note = noted.append
     context.budget_ms, context.settings = budget, SimpleNamespace(finetune_minutes=0.0)
-    context.evaluator.final_latency = lambda plan: (truth(model, plan), 1.002 * truth(model, plan))
+    context.evaluator.final_latency = lambda plans: {
+        name: (truth(model, plan), 1.002 * truth(model, plan)) for name, plan in plans.items()
+    }
     monkeypatch.setattr(finishing, "_finalists", finalists)
     monkeypatch.setattr(
         finishing, "_refitted", lambda context, result, model: Finalist(result=result, student=result.plan)
@@ -233,7 +235,7 @@ def test_a_search_that_can_meet_nothing_ends(context, monkeypatch):
     model = make_model()
     context.budget_ms, context.settings = 0.5, SimpleNamespace(finetune_minutes=0.0)
     results = [result_of(model, plan, model=model) for plan in random_plans(model, 20, seed=4)]
-    monkeypatch.setattr(finishing, "_finalists", lambda *_: [])
+    monkeypatch.setattr(finishing, "_finalists", lambda *_: ([], []))
     outcome = finish(context, results, model)
     assert outcome.best is None
     assert outcome.results == []
