@@ -61,6 +61,7 @@ class _Variant:
         self.variant, self.subject, self.settings = variant, subject, settings
         self.section, self.console = section, console
         core = QUICK_CORE if settings.quick else CORE
+        self.best: dict[str, Candidate] = {}
         self.names = settings.plans or (*core, BEST, KEPT_BEST)
         self.mixers = tuple(dict.fromkeys((*core, *settings.mixers)))
 
@@ -89,21 +90,23 @@ class _Variant:
             captured = subject.capture(subject.attention)
             for site, candidate in todo:
                 self.shelf.make(site, candidate, captured, stepped=False)
-        self.best: dict[str, Candidate] = {}
-        for site in subject.attention:
-            usable = {
-                c: entry.nmse for c in candidates if (entry := self.shelf.best(site.name, c)) is not None
-            }
-            self.best[site.name] = min(usable, key=lambda candidate: usable[candidate])
+        # By the loss of the teacher with that one site replaced, as a search scores them: a site's own error does not
+        # tell which directions matter to what comes behind it.
         scores = {
-            site: self.validation.evaluate_modules(self._modules({site: candidate})).loss
-            for site, candidate in self.best.items()
+            site.name: {
+                c: self.validation.evaluate_modules(self._modules({site.name: c})).loss
+                for c in candidates
+                if self.shelf.best(site.name, c) is not None
+            }
+            for site in subject.attention
         }
-        self.kept = sorted(scores, key=lambda site: scores[site])[-KEPT:]
+        self.best = {site: min(row, key=row.__getitem__) for site, row in scores.items()}
+        lowest = {site: min(row.values()) for site, row in scores.items()}
+        self.kept = sorted(lowest, key=lowest.__getitem__)[-KEPT:]
         self.section.rows[f"{self.variant}: teacher"] = {
             "accuracy": self.test.teacher_evaluation().accuracy,
             "best": {site: str(candidate) for site, candidate in self.best.items()},
-            "scores": {site: round(score, 5) for site, score in scores.items()},
+            "scores": {site: round(score, 5) for site, score in lowest.items()},
         }
 
     def _modules(self, choices: Mapping[str, Candidate]) -> dict[str, Replacement]:

@@ -36,7 +36,7 @@ ATTENTION = (
 )  # fmt: skip
 MLP = (
     KEEP,
-    "none",
+    "none@1",
     *(f"mlp_slice@{width:g}" for width in (0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)),
 )
 IMAGES = 96

@@ -22,12 +22,15 @@ from mixerzoo.checkpoint import (
     unprefixed,
 )
 from mixerzoo.errors import MixerzooError
-from mixerzoo.finetune_loss import whole_loss
+from mixerzoo.finetune_loss import shared_stages, whole_loss
 from mixerzoo.finetune_recipe import Images, Recipe, Tuned
 from mixerzoo.hosts import Teacher, fingerprint
 
 CLIP = 1.0  # norm of the gradient
 CHECKS = 16  # held-out losses
+EARLY = 4  # further ones before the first of them: a rate that is far too high shows at once
+LOST = 2.0  # times the lowest held-out loss: steps that lead there are taken back
+SLOWER = 0.2  # times the rate: how it goes on from there
 CHECK_SHARE = 0.2  # most of the time that goes to them, where the budget is time
 ROWS = 100  # of the curve
 SAVE_SECONDS = 1.0  # between two checkpoints, at least
@@ -44,6 +47,7 @@ class Standing:
         best: lowest held-out loss; not finite if there was none.
         better: whether the best state is another one than that of the student given.
         checked: seconds when the last held-out loss was known.
+        slowed: what the learning rate is multiplied by, since steps were taken back.
         losses: sum of the training losses since the last row.
         counted: how many these are.
         curve: rows.
@@ -54,6 +58,7 @@ class Standing:
     best: float = math.inf
     better: bool = False
     checked: float = 0.0
+    slowed: float = 1.0
     losses: float = 0.0
     counted: int = 0
     curve: list[dict[str, Any]] = field(default_factory=list)
@@ -89,6 +94,7 @@ class Training:
         self.labels = labels if recipe.label_weight else None
         self.model = copy.deepcopy(student).to(self.device).eval().requires_grad_(True)
         self.stages = teacher.host.stages(self.teacher.model), teacher.host.stages(self.model)
+        self.first = self._first()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=recipe.lr, weight_decay=0.0)
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.order = torch.empty(0, dtype=torch.int64)  # what is left of this pass over the images
@@ -115,7 +121,7 @@ class Training:
             on_progress(min(share, 1.0))
             check = self._check_due(before, share)
             if check or _crossed(before, share, ROWS):
-                on_row(self._row(recipe.rate(before), check=check))
+                on_row(self._row(self._rate(before), check=check))
                 standing.seconds = time.perf_counter() - began
                 standing.checked = standing.seconds if check else standing.checked
             if self.folder is not None and now - saved >= max(SAVE_SECONDS, self.save_cost / SAVE_SHARE):
@@ -123,7 +129,7 @@ class Training:
                 saved = time.perf_counter()
                 self.save_cost = saved - now
         if self.stopped is not None and standing.counted:
-            on_row(self._row(recipe.rate(share), check=True))
+            on_row(self._row(self._rate(share), check=True))
         student = self.given
         if standing.better:
             student = copy.deepcopy(self.given)
@@ -138,15 +144,28 @@ class Training:
             curve=standing.curve,
         )
 
+    def _first(self) -> int:
+        """Return the first stage that is trained.
+
+        What the student shares with the teacher before its first change has nothing to learn, and errors at the
+        embedding are the ones that all later stages make larger. A penalty may be on any site's weights.
+        """
+        first = shared_stages(*self.stages, self.images.batch([0]).to(self.device))
+        if self.penalty is not None:
+            first = min([first, *(site.stage for site in self.teacher.sites)])
+        return first
+
     def _step(self, share: float) -> bool:
         """Take a step; False, and nothing is changed, where the loss or its gradient is not finite."""
         rows = self._rows()
         batch = self.images.batch(rows).to(self.device)
         labels = None if self.labels is None else self.labels[rows].to(self.device)
-        self.optimizer.param_groups[0]["lr"] = self.recipe.rate(share)
+        self.optimizer.param_groups[0]["lr"] = self._rate(share)
         dtype = self.recipe.autocast
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            loss = whole_loss(self.teacher, *self.stages, batch, labels, self.recipe.label_weight)
+            loss = whole_loss(
+                self.teacher, *self.stages, batch, labels, self.recipe.label_weight, first=self.first
+            )
         if self.penalty is not None:
             loss = loss + self.penalty(self.model)
         what, value = "loss", loss.detach()
@@ -162,6 +181,9 @@ class Training:
         self.standing.counted += 1
         return True
 
+    def _rate(self, share: float) -> float:
+        return self.recipe.rate(share) * self.standing.slowed
+
     def _rows(self) -> list[int]:
         """Return the next images: without replacement, a new order each pass; the last few of a pass are left out."""
         size = min(self.recipe.batch_size, len(self.images))
@@ -172,7 +194,8 @@ class Training:
 
     def _check_due(self, before: float, share: float) -> bool:
         """Whether to measure the held-out loss: so many times in all, the last time at the end."""
-        if not _crossed(before, share, CHECKS):
+        early = share < 1 / CHECKS and _crossed(before, share, CHECKS * (EARLY + 1))
+        if not early and not _crossed(before, share, CHECKS):
             return False
         spent = self.standing.seconds - self.standing.checked
         # How many steps lie between two checks must not depend on a clock where the budget does not.
@@ -182,6 +205,7 @@ class Training:
         """Add a row to the curve; with a `check`, also the held-out loss, and keep the state if that is the lowest."""
         standing = self.standing
         value: float | None = None
+        slowed = False
         if check:
             began = time.perf_counter()
             value = float(self.evaluate(self.model))
@@ -190,6 +214,8 @@ class Training:
                 standing.best, standing.better = value, True
                 state = self.model.state_dict()
                 self.best = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+            elif not value <= LOST * standing.best:
+                slowed = True
         row = {
             "step": standing.step,
             "seconds": round(standing.seconds, 3),
@@ -199,7 +225,15 @@ class Training:
         }
         standing.losses, standing.counted = 0.0, 0
         standing.curve.append(row)
+        if slowed:
+            self._take_back()
         return row
+
+    def _take_back(self) -> None:
+        """Go on from the best state, with nothing kept of the steps that led away from it, at a lower rate."""
+        self.model.load_state_dict(self.best if self.standing.better else self.given.state_dict())
+        self.optimizer.state.clear()
+        self.standing.slowed *= SLOWER
 
     def _save(self, folder: Path) -> None:
         tensors = prefixed("student", self.model.state_dict()) | prefixed("best", self.best)

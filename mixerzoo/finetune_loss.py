@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from mixerzoo.hosts import Stage, Teacher
+from mixerzoo.hosts import Stage, Teacher, run_stages
 from mixerzoo.score import output_loss
 
 
@@ -18,14 +18,18 @@ def whole_loss(
     batch: torch.Tensor,
     labels: torch.Tensor | None = None,
     label_weight: float = 0.0,
+    *,
+    first: int = 0,
 ) -> torch.Tensor:
     """Return the loss of a batch (B, C, H, W): outputs, hidden states and, with a weight, labels (B,).
 
-    The hidden state of each stage is compared as a whole, so that tokens and channels count as their size does.
+    The hidden state of each stage is compared as a whole, so that tokens and channels count as their size does. The
+    student's stages before `first` are the teacher's, and get no gradient.
     """
-    wanted = given = batch
+    with torch.no_grad():
+        wanted = given = run_stages(teacher_stages[:first], batch)
     hidden = torch.zeros((), device=batch.device)
-    for t, s in zip(teacher_stages[:-1], student_stages[:-1], strict=True):
+    for t, s in zip(teacher_stages[first:-1], student_stages[first:-1], strict=True):
         with torch.no_grad():
             wanted = t(wanted)
         given = s(given)
@@ -37,3 +41,20 @@ def whole_loss(
     loss = output_loss(given, wanted, classifier=teacher.classifier).mean()
     loss = loss + hidden / max(len(teacher_stages) - 1, 1)
     return loss if labels is None else loss + label_weight * F.cross_entropy(given, labels)
+
+
+@torch.no_grad()
+def shared_stages(
+    teacher_stages: Sequence[Stage], student_stages: Sequence[Stage], batch: torch.Tensor
+) -> int:
+    """Return how many stages the student shares with the teacher, from the first on, by what they make of a batch.
+
+    The last one is never counted: something has to be left to train.
+    """
+    hidden = batch
+    for number, (t, s) in enumerate(zip(teacher_stages[:-1], student_stages[:-1], strict=True)):
+        wanted = t(hidden)
+        if not torch.equal(wanted, s(hidden)):
+            return number
+        hidden = wanted
+    return len(teacher_stages) - 1
