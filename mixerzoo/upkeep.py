@@ -13,6 +13,7 @@ from typing import Any
 
 from mixerzoo import locks
 from mixerzoo.errors import MixerzooError
+from mixerzoo.latency.store import damaged_tables
 from mixerzoo.library import KEY, LOCK, Entry, Library
 
 
@@ -73,7 +74,7 @@ def _place(item: Shelved) -> tuple[str, list[tuple[int, str]], str]:
 
 def faults(library: Library) -> list[Fault]:
     """Return what is damaged, and weights without an entry; not what a running process is making."""
-    return [
+    return _damaged_tables(library) + [
         fault
         for key in _keys(library)
         if _faults(library, key)
@@ -101,6 +102,13 @@ def prune(
             f"library '{library.folder}': you may not write there, so that nothing can be removed"
         )
     removed = []
+    for fault in _damaged_tables(library):
+        (path,) = fault.files
+        with locks.held(path.with_suffix(".lock"), wait=False) as mine:
+            if mine:
+                if not dry_run:
+                    path.unlink(missing_ok=True)
+                removed.append(fault)
     with _alone(library) as alone:
         for key in _keys(library):
             with _claim(library, key) as mine:
@@ -142,6 +150,19 @@ def _keys(library: Library) -> list[str]:
     names = [path.name.removeprefix(".") for path in library.folder.iterdir()]
     found = {name.partition(".")[0] for name in names if "." in name}
     return sorted(key for key in found if KEY.fullmatch(key))
+
+
+def _damaged_tables(library: Library) -> list[Fault]:
+    return [
+        Fault(
+            name=str(path.relative_to(library.folder)),
+            what="damaged",
+            about="latencies",
+            size=_size(path),
+            files=(path,),
+        )
+        for path in damaged_tables(library.folder)
+    ]
 
 
 def _claimed_faults(library: Library, key: str) -> list[Fault]:

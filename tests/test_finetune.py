@@ -18,7 +18,6 @@ from mixerzoo.plan import Candidate
 from mixerzoo.score import Judge
 from mixerzoo.student import make_replacement
 
-
 EMBEDDING = ("cls_token", "reg_token", "pos_embed", "patch_embed")  # before the first site that is replaced
 
 

@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import tiny
 import tiny_search
+from click.testing import CliRunner
 from torch import nn
 
 from mixerzoo import Caps, MixerSpec, hookimpl
+from mixerzoo.cli import main
 from mixerzoo.latency import Conditions, InPlace, Stopwatch, by_shape, reuse
 from mixerzoo.latency.in_place import of_shapes
 from mixerzoo.latency.reuse import CHECKED, know
@@ -276,6 +278,9 @@ def test_a_damaged_table_is_named_and_rebuilt(stopwatch, tmp_path, how):
     asked(stopwatch, tmp_path)
     file = LatencyFile(tmp_path, stopwatch)
     damage(file.path, how)
+    verified = CliRunner().invoke(main, ["library", "verify", str(tmp_path)])
+    assert verified.exit_code == 2
+    assert f"damaged   latency/{file.path.name}  latencies" in verified.stdout
     told = []
 
     class Tells(Reporter):
@@ -286,6 +291,13 @@ def test_a_damaged_table_is_named_and_rebuilt(stopwatch, tmp_path, how):
     assert (found.reused, found.measured) == (0, 6)
     assert told == [f"latency table '{file.path}' is damaged; it is measured anew"]
     assert asked(stopwatch, tmp_path).reused == 6
+    assert CliRunner().invoke(main, ["library", "verify", str(tmp_path)]).exit_code == 0
+    damage(file.path, how)
+    pruned = CliRunner().invoke(main, ["library", "prune", str(tmp_path), "--dry-run"])
+    assert (pruned.exit_code, file.path.exists()) == (0, True)
+    pruned = CliRunner().invoke(main, ["library", "prune", str(tmp_path)])
+    assert "1 removed" in pruned.stdout
+    assert not file.path.exists()
 
 
 def test_an_error_that_is_not_known_is_written_as_json_and_read_back(stopwatch, tmp_path):

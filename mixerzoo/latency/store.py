@@ -154,18 +154,12 @@ class LatencyFile:
     def _all(self) -> Entries:
         if not self.path.exists():
             return {}
-        try:
-            content = read_json(self.path)
-            if content.pop(CHECK) != _hash(content):
-                raise ValueError
-            self.teacher_ms = content["teacher_ms"]
-            return {
-                shape: {text: Kept.from_json(kept) for text, kept in row.items()}
-                for shape, row in content["entries"].items()
-            }
-        except (MixerzooError, AttributeError, KeyError, TypeError, ValueError):
+        found = _read(self.path)
+        if found is None:
             self.damaged = True
             return {}
+        self.teacher_ms, entries = found
+        return entries
 
     def _store(self, entries: Entries) -> None:
         content = {
@@ -178,6 +172,26 @@ class LatencyFile:
             },
         }
         write_json(self.path, content | {CHECK: _hash(content)})
+
+
+def damaged_tables(library: Path) -> list[Path]:
+    """Return the files of latencies in a library that are damaged: searches measure again what was in them."""
+    return [path for path in sorted((library / FOLDER).glob("*.json")) if _read(path) is None]
+
+
+def _read(path: Path) -> tuple[float | None, Entries] | None:
+    """Return the teacher's latency and the entries of a file; None where it is damaged."""
+    try:
+        content = read_json(path)
+        if content.pop(CHECK) != _hash(content):
+            return None
+        entries = {
+            shape: {text: Kept.from_json(kept) for text, kept in row.items()}
+            for shape, row in content["entries"].items()
+        }
+        return content["teacher_ms"], entries
+    except (MixerzooError, AttributeError, KeyError, TypeError, ValueError):
+        return None
 
 
 def _about(stopwatch: Stopwatch) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from mixerzoo_search.report.frontier_view import latency_range, log_losses, loss
 from mixerzoo_search.report.palette import ACCENT, BAD, CARD, INK, LINE, SOFT, source_styles
 
 FONT = "Inter, 'Segoe UI', 'Helvetica Neue', 'Liberation Sans', Arial, sans-serif"
+DECADES = 5  # of a logarithmic axis, from which on its ticks are powers
 
 
 def to_div(figure: Any, name: str) -> str:
@@ -209,7 +210,7 @@ def agreement_chart(
     layout(figure, 380)
     axis: Mapping[str, Any] = {"range": [math.log10(low), math.log10(high)] if log else [low, high]}
     if log:
-        axis = {**axis, "type": "log", "tickformat": "~g", "dtick": "D2" if high / low < 100 else 1}
+        axis = {**axis, "type": "log", **_log_ticks(low, high)}
     figure.update_xaxes(title_text=f"predicted {quantity}{unit}", **axis)
     figure.update_yaxes(title_text=f"measured {quantity}{unit}", **axis)
     if not usable:
@@ -218,3 +219,11 @@ def agreement_chart(
             font={"color": ACCENT, "size": 14},
         )  # fmt: skip
     return figure
+
+
+def _log_ticks(low: float, high: float) -> dict[str, Any]:
+    """Return ticks of a logarithmic axis that have room: powers of ten, some of them left out, over many decades."""
+    decades = math.log10(high / low)
+    if decades < DECADES:
+        return {"tickformat": "~g", "dtick": "D2" if decades < 2 else 1}
+    return {"exponentformat": "power", "dtick": math.ceil(decades / DECADES)}
