@@ -1,0 +1,74 @@
+"""Which plans have their turn at the end: those of lowest loss that meet the budget when measured again."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from mixerzoo.plan import Candidate, Plan
+from mixerzoo_search import finish as finishing
+from mixerzoo_search.evaluate import PlanResult
+from mixerzoo_search.finish import MEASURED, REFITTED, SURELY
+from mixerzoo_search.run_directory import RunDirectory
+
+LIMIT = 5.0
+
+
+def result(number, ms=4.0):
+    plan = Plan.from_json({"a": str(Candidate("static", 1 / (1 + number))), "b": "keep"})
+    return PlanResult(
+        plan=plan, loss=float(number), agreement=1.0, accuracy=None, latency_ms=ms, predicted_ms=ms,
+        predicted_loss=0.0, params=1, source="sampler",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def context(tmp_path, monkeypatch):
+    """A search that measures as `again` says: plan key -> latency and the most that it can be; 4 ms unless said."""
+    monkeypatch.setattr(finishing, "assemble", lambda model, modules: modules)
+    found = SimpleNamespace(
+        run=RunDirectory(tmp_path / "run"),
+        teacher=SimpleNamespace(model=None),
+        evaluator=SimpleNamespace(modules=lambda plan: plan),
+        again={},
+        measured=[],
+    )
+    (tmp_path / "run").mkdir()
+
+    def final_latency(students):
+        found.measured.append(list(students))
+        return {name: found.again.get(name, (4.0, 4.1)) for name in students}
+
+    found.evaluator.final_latency = final_latency
+    return found
+
+
+def finalists(context, results):
+    meets, misses = finishing._finalists(context, results, LIMIT)
+    return [r.loss for r in meets], [r.loss for r in misses]
+
+
+def test_what_misses_when_measured_again_goes_no_further(context):
+    results = [result(number) for number in range(12)]
+    within = 0.999 * SURELY * LIMIT
+    again = {0: (5.01, 5.02), 1: (4.9, within), 2: (4.9, 1.01 * SURELY * LIMIT)}
+    context.again = {results[number].plan.key: found for number, found in again.items()}
+    assert finalists(context, results) == ([1.0, 3.0, 4.0, 5.0], [0.0, 2.0])
+    assert [len(names) for names in context.measured] == [MEASURED]
+    assert finalists(context, results) == ([1.0, 3.0, 4.0, 5.0], [0.0, 2.0])  # decided once
+    assert len(context.measured) == 1
+
+
+def test_further_plans_are_measured_until_there_are_enough(context):
+    results = [result(number) for number in range(20)]
+    context.again = {r.plan.key: (5.5, 5.6) for r in results[:9]}
+    meets, misses = finalists(context, results)
+    assert meets == [9.0, 10.0, 11.0, 12.0]
+    assert misses == [float(number) for number in range(9)]
+    assert [len(names) for names in context.measured] == [MEASURED, MEASURED]
+    assert len(meets) == REFITTED
+
+
+def test_what_was_over_the_limit_before_is_not_measured(context):
+    assert finalists(context, [result(0, ms=5.1), result(1, ms=6.0)]) == ([], [])
+    assert context.measured == []
+    assert finalists(context, [result(0, ms=5.1), result(1), result(2)]) == ([1.0, 2.0], [])
