@@ -26,8 +26,8 @@ def whole_loss(
     The hidden state of each stage is compared as a whole, so that tokens and channels count as their size does. The
     student's stages before `first` are the teacher's, and get no gradient.
     """
-    with torch.no_grad():
-        wanted = given = run_stages(teacher_stages[:first], batch)
+    with torch.no_grad():  # the student's too: what it merges or drops later on may be settled there
+        wanted, given = (run_stages(stages[:first], batch) for stages in (teacher_stages, student_stages))
     hidden = torch.zeros((), device=batch.device)
     for t, s in zip(teacher_stages[first:-1], student_stages[first:-1], strict=True):
         with torch.no_grad():
