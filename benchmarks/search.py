@@ -23,6 +23,19 @@ QUICK_VOLUME_SEEDS, QUICK_VOLUME_EVALUATIONS = 1, 20
 FILE_WIDTH = 160  # of the tables, where they do not go to a terminal
 
 
+def _shares(text: str) -> tuple[float, ...]:
+    """Return comma-separated numbers between 0 and 1."""
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(0 < share < 1 for share in found):
+        raise click.BadParameter(
+            f"'{text}': give numbers between 0 and 1, as in .2,.5", param_hint="--budgets"
+        )
+    return found
+
+
 @click.command()
 @click.option("--parts", default=",".join(PARTS), show_default=True)
 @click.option("--seeds", type=int, help="table: runs of each method.  [default: 20; 2 with --quick]")
@@ -58,7 +71,7 @@ def main(
     """Run the benchmark; what the JSON holds already, with the same settings, is kept. Exit code 1: a bar is missed."""
     chosen = _chosen(parts, PARTS, "--parts")
     names = _chosen(methods, search_table.METHODS, "--methods") if methods else search_table.METHODS
-    shares = tuple(float(share) for share in budgets.split(","))
+    shares = _shares(budgets)
     runs = seeds or (QUICK_SEEDS if quick else SEEDS)
     console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
 
@@ -71,7 +84,7 @@ def main(
             found, console, seeds=runs, processes=processes, methods=names, budgets=shares
         )
         if picture:
-            search_table.draw(found.rows, picture, runs)
+            search_table.draw(found.rows, picture, runs, shares)
         return met
 
     def hypervolume() -> bool:

@@ -193,7 +193,9 @@ def _below(ours: float | None, theirs: float | None) -> bool:
     return theirs is None or ours < theirs or ours <= 1e-12
 
 
-def draw(rows: Mapping[str, list[float | None]], path: Path, seeds: int) -> None:
+def draw(
+    rows: Mapping[str, list[float | None]], path: Path, seeds: int, budgets: tuple[float, ...] = BUDGETS
+) -> None:
     """Draw the median regret over evaluations, one panel a budget."""
     import matplotlib
 
@@ -201,12 +203,14 @@ def draw(rows: Mapping[str, list[float | None]], path: Path, seeds: int) -> None
     import matplotlib.pyplot as plt
 
     table = _table()
-    figure, axes = plt.subplots(1, len(BUDGETS), figsize=(4.2 * len(BUDGETS), 3.6), sharey=True)
+    figure, axes = plt.subplots(
+        1, len(budgets), figsize=(4.2 * len(budgets), 3.6), sharey=True, squeeze=False
+    )
     style: Callable[[str], dict[str, Any]] = lambda method: {  # noqa: E731
         "lw": 2.4 if method == MIXERZOO else 1.2,
         "ls": ":" if method in (EXACT, "additive") else "-",
     }
-    for axis, share in zip(axes, BUDGETS, strict=True):
+    for axis, share in zip(axes[0], budgets, strict=True):
         best = table.best(budget_of(table, share))
         for method in (MIXERZOO, EXACT, "additive", *OTHERS):
             runs = [rows[key] for seed in range(seeds) if (key := _key(method, share, seed)) in rows]
@@ -218,8 +222,8 @@ def draw(rows: Mapping[str, list[float | None]], path: Path, seeds: int) -> None
             yscale="log", xscale="log", xlabel="evaluations", title=f"budget {budget_of(table, share):.2f} ms"
         )
         axis.set_xticks([1, 2, 4, 8, 16, 32, 64], ["1", "2", "4", "8", "16", "32", "64"])
-    axes[0].set_ylabel("median regret, nats (1e-6: the optimum)")
-    axes[-1].legend(fontsize=8)
+    axes[0][0].set_ylabel("median regret, nats (1e-6: the optimum)")
+    axes[0][-1].legend(fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

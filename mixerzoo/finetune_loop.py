@@ -205,7 +205,7 @@ class Training:
         """Add a row to the curve; with a `check`, also the held-out loss, and keep the state if that is the lowest."""
         standing = self.standing
         value: float | None = None
-        slowed = False
+        lost = False
         if check:
             began = time.perf_counter()
             value = float(self.evaluate(self.model))
@@ -215,7 +215,7 @@ class Training:
                 state = self.model.state_dict()
                 self.best = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
             elif not value <= LOST * standing.best:
-                slowed = True
+                lost = True
         row = {
             "step": standing.step,
             "seconds": round(standing.seconds, 3),
@@ -225,7 +225,7 @@ class Training:
         }
         standing.losses, standing.counted = 0.0, 0
         standing.curve.append(row)
-        if slowed:
+        if lost:
             self._take_back()
         return row
 

@@ -69,10 +69,10 @@ def finish(context: Context, results: Sequence[PlanResult], model: AdditiveModel
     limit = context.budget_ms
     for _ in range(ATTEMPTS):
         over = {result.plan for result in missed}
-        chosen, more_missed = _finalists(
+        chosen, missed_again = _finalists(
             context, [r for r in (*results, *further) if r.plan not in over], limit
         )
-        missed += more_missed
+        missed += missed_again
         ready = [_refitted(context, result, model) for result in chosen]
         made |= {f"{f.result.plan.key} {f.result.source}": f.result for f in ready}
         if context.settings.finetune_minutes:
@@ -82,7 +82,7 @@ def finish(context: Context, results: Sequence[PlanResult], model: AdditiveModel
         if best is not None:
             break
         model, more = solved_again(context, model, [*results, *further, *missed], limit)
-        if not chosen and not more_missed and not more:
+        if not chosen and not missed_again and not more:
             break
         further += more
         limit *= STRICTER
@@ -97,7 +97,7 @@ def _finalists(
 
     Decided once for a number of results and a limit, so that a resumed search takes the same.
     """
-    stored: dict[str, list[list[dict[str, object]]]] = context.run.load("finalists") or {}
+    stored: dict[str, dict[str, list[dict[str, object]]]] = context.run.load("finalists") or {}
     key = f"{len(results)} {limit_ms:.6g}"
     if key not in stored:
         ranked = sorted((r for r in results if r.latency_ms <= limit_ms), key=lambda r: r.loss)
@@ -111,10 +111,13 @@ def _finalists(
             for result in part:
                 ms, most = again[result.plan.key]
                 (meet if _meets(limit_ms, ms, most) else miss).append(replace(result, latency_ms=ms))
-        stored[key] = [[r.to_json() for r in rows] for rows in (meet[:REFITTED], miss)]
+        stored[key] = {
+            "meet": [r.to_json() for r in meet[:REFITTED]],
+            "miss": [r.to_json() for r in miss],
+        }
         context.run.store("finalists", stored)
-    meets, misses = ([PlanResult.from_json(row) for row in rows] for rows in stored[key])
-    return meets, misses
+    found = {name: [PlanResult.from_json(row) for row in rows] for name, rows in stored[key].items()}
+    return found["meet"], found["miss"]
 
 
 def _meets(limit_ms: float, ms: float, most: float) -> bool:
