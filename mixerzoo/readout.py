@@ -13,7 +13,7 @@ from mixerzoo.ridge import Gram, ridge, solve
 
 SEEN_TOKENS = 131_072  # that a mixer is run on for its readout to be solved
 # Of these, drawn at random, that it is solved on and that choose the penalty: tokens of one image have much in common.
-SOLVE_TOKENS, HELD_OUT_TOKENS = 24_576, 8_192
+SOLVE_TOKENS, HELD_OUT_TOKENS = 32_768, 16_384
 BLOCK = 4096  # rows that are summed at once
 FADE = 0.9  # what a batch counts for, a step later
 SOLVED_EVERY = 4  # steps
