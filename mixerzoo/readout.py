@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -94,6 +95,28 @@ def lower(before: float, solved: float) -> float:
 
 
 @torch.no_grad()
+def solve_classifier(layer: nn.Linear, features: torch.Tensor, logits: torch.Tensor) -> None:
+    """Solve a student's classifier for the teacher's logits, if that brings it nearer to those of held-out images.
+
+    The penalty is on the change of its weights, as with an anchored readout.
+
+    Args:
+        layer: the classifier.
+        features: what comes into it (n, D), a row an image.
+        logits: the teacher's (n, C).
+    """
+    grams = []
+    for rows in held_out_rows(len(features)):
+        grams.append(Gram(layer.in_features, layer.out_features))
+        grams[-1].update(features[rows], logits[rows])
+    bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias
+    now = torch.cat([layer.weight.T, bias[None]]).double()
+    found = solve(*grams, bias=layer.bias is not None, start=now)
+    if found is not None and found.nmse < grams[1].nmse(now):
+        set_linear(layer, found.weight, found.bias)
+
+
+@torch.no_grad()
 def set_linear(layer: nn.Linear, weight: torch.Tensor, bias: torch.Tensor) -> None:
     """Write a solution into a linear layer."""
     layer.weight.copy_(weight)
@@ -131,7 +154,7 @@ class FeatureTap:
             raise MixerzooError("the readout was not called")
         return self._seen.reshape(-1, self.layer.in_features)
 
-    def features_of(self, mixer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def features_of(self, mixer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Return what `mixer` makes of x (B, N, D) before the layer, as rows (rows, F); it runs no further."""
         self._seen = None  # features of an earlier batch must not pass for those of this one
         self._ends = True

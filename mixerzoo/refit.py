@@ -3,7 +3,8 @@
 Block-local candidates were solved on the teacher's activations; stitched together, their errors add up. Here
 the sites are solved once more, first to last. Each sees what the student really feeds it, and its target is the
 teacher's residual stream behind the site, so that it also corrects the drift of all before it. What is solved is
-a mixer's readout, and the output layer of each MLP of the teacher's own that is kept behind a replaced site.
+a mixer's readout, the output layer of each MLP of the teacher's own that is kept behind a replaced site and, last,
+the classifier.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from mixerzoo.distill import Recipe, take_steps
 from mixerzoo.errors import MixerzooError
 from mixerzoo.hosts import Replacement, Teacher, assemble
 from mixerzoo.pairs import evaluate
-from mixerzoo.readout import lower, solve_readout
+from mixerzoo.readout import lower, solve_classifier, solve_readout
 from mixerzoo.registry import get_registry
 from mixerzoo.sides import Sides, SitePairs
 from mixerzoo.spec import Site
@@ -46,8 +47,8 @@ def refit(
         modules: site -> replacement; changed in place.
         mixers: site -> mixer name, to look up its readout.
         batches: calibration images, prepared; the last fifth of them is held out.
-        kept: whether the output layers of the teacher's own MLPs behind the first replaced site are solved again
-            too; the student then has its own copies of them.
+        kept: whether the output layers of the teacher's own MLPs behind the first replaced site and the classifier
+            are solved again too; the student then has its own copies of them.
         steps: gradient steps at each replaced site after the closed form, on what lies before the readout.
         seed: of the order of the images in those steps.
         on_site: called with the number of sites passed.
@@ -108,6 +109,20 @@ def refit_student(
             on_site(passed)
         if number < last:
             sides.advance()
+    path = teacher.host.classifier_layer(student) if teacher.classifier else None
+    if kept and todo and path is not None:
+        _refit_classifier(sides, student.get_submodule(path))
+
+
+def _refit_classifier(sides: Sides, layer: nn.Module) -> None:
+    assert isinstance(layer, nn.Linear)
+    if sum(map(len, sides.drifted)) < 2:  # none could be held out
+        return
+    _own(layer)
+    try:
+        solve_classifier(layer, *sides.finish(layer))
+    except MixerzooError:
+        return  # it is more than that layer, and stays as it is
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from mixerzoo.errors import MixerzooError
 from mixerzoo.hosts import Stage, Teacher
+from mixerzoo.readout import FeatureTap
 from mixerzoo.spec import Site
 
 LARGE = 2**29  # bytes of a site's inputs and targets in float32, above which they are kept in bfloat16
@@ -103,6 +105,23 @@ class Sides:
             _pass(self.others[self.number], self.drifted)
         self._ahead = False
         self.number += 1
+
+    def finish(self, classifier: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
+        """Go on to the last stage; return what comes into the student's classifier (n, D), the teacher's logits (n, C).
+
+        Raises:
+            MixerzooError: if the student's output is not that of its classifier, one row an image.
+        """
+        while self.number < len(self.stages) - 1:
+            self.advance()
+        true, other = self.stages[-1], self.others[-1]
+        with FeatureTap(classifier) as tap:
+            few = self.drifted[0][:1]
+            out = other(few)
+            if not torch.allclose(classifier(tap.features()), out, rtol=1e-3, atol=1e-4):
+                raise MixerzooError("the student's output is not that of its classifier")
+            features = [tap.features_of(other, hidden) for hidden in self.drifted]
+        return torch.cat(features), torch.cat([true(hidden) for hidden in self.true])
 
     def _scale(self, site: Site) -> nn.Module | None:
         return None if site.scale is None else self.teacher.model.get_submodule(site.scale)

@@ -17,7 +17,7 @@ from mixerzoo.hosts.timm_vit import TimmVitHost
 from mixerzoo.opening import open_data, open_teacher
 from mixerzoo.pairs import held_out_rows
 from mixerzoo.plan import Candidate
-from mixerzoo.readout import FeatureTap
+from mixerzoo.readout import FeatureTap, solve_classifier
 from mixerzoo.refit import refit, refit_student
 from mixerzoo.registry import get_registry, temporary_plugin
 from mixerzoo.ridge import PENALTIES
@@ -252,7 +252,8 @@ def test_the_last_fifth_of_the_images_chooses_the_penalty(count, monkeypatch):
     site = teacher.sites[0]
     modules = {site.name: make_replacement(Candidate("linear"), site)}
     refit(teacher, modules, {site.name: "linear"}, tiny.tiny_batches(5 * count, batch_size=4))
-    assert grams == [(17 * 4 * count, 17 * count)] * 3  # and two MLPs
+    # Two MLPs as well, and the classifier, which has a row an image.
+    assert grams == [(17 * 4 * count, 17 * count)] * 3 + [(4 * count, count)]
 
 
 def test_too_few_images_do_no_harm():
@@ -312,7 +313,6 @@ def watched(model, site, x):
 @torch.no_grad()
 def slow_refit(teacher, modules, names, x, *, kept):
     """Refit as the mathematics have it: whole models for every site, targets over the gain, one solve a penalty."""
-    train, held_out = (rows for rows in held_out_rows(len(x)))
     student = copy.deepcopy(assemble(teacher.model, modules))
     first = min(teacher.site(name).index for name in names)
     for site in teacher.sites:
@@ -327,26 +327,37 @@ def slow_refit(teacher, modules, names, x, *, kept):
         true, _, wanted = watched(teacher.model, site, x)
         given, into, _ = watched(student, site, x)
         gain = 1 if site.scale is None else teacher.model.get_submodule(site.scale).gamma
-        target = ((true + gain * wanted - given) / gain).double()
         with FeatureTap(layer) as tap:
             mixer(into)
-        z = tap.features().reshape(len(x), -1, layer.in_features).double()
-        z = torch.cat([z, torch.ones_like(z[..., :1])], -1)
-        rows, rest = (part.flatten(0, 1) for part in (z[train], z[held_out]))
-        start = torch.cat([layer.weight.T, layer.bias[None]]).double()
-        solutions = [start]
-        for penalty in (*PENALTIES, 1.0, 10.0):
-            ridge = torch.eye(z.shape[-1], dtype=z.dtype) * penalty * rows[:, :-1].square().sum(0).mean()
-            ridge[-1, -1] = 1e-9 * len(rows)
-            missing = target[train].flatten(0, 1) - rows @ start
-            solutions.append(start + torch.linalg.solve(rows.T @ rows + ridge, rows.T @ missing))
-        errors = [
-            (gain * (rest @ s - target[held_out].flatten(0, 1))).square().sum().item() for s in solutions
-        ]
-        best = solutions[errors.index(min(errors))].float()
-        layer.weight.copy_(best[:-1].T)
-        layer.bias.copy_(best[-1])
+        slow_solve(layer, tap.features(), (true + gain * wanted - given) / gain, gain)
+    if kept and teacher.classifier:
+        with FeatureTap(student.head) as tap:
+            student(x)
+        slow_solve(student.head, tap.features(), teacher.model(x), 1)
     return student
+
+
+def slow_solve(layer, features, target, gain):
+    """Solve a layer from features and targets of all images, in order."""
+    images = len(target)
+    z = features.reshape(images, -1, layer.in_features).double()
+    z, target = (
+        torch.cat([z, torch.ones_like(z[..., :1])], -1),
+        target.reshape(images, -1, target.shape[-1]).double(),
+    )
+    train, held_out = held_out_rows(images)
+    rows, rest = (part.flatten(0, 1) for part in (z[train], z[held_out]))
+    start = torch.cat([layer.weight.T, layer.bias[None]]).double()
+    solutions = [start]
+    for penalty in (*PENALTIES, 1.0, 10.0):
+        ridge = torch.eye(z.shape[-1], dtype=z.dtype) * penalty * rows[:, :-1].square().sum(0).mean()
+        ridge[-1, -1] = 1e-9 * len(rows)
+        missing = target[train].flatten(0, 1) - rows @ start
+        solutions.append(start + torch.linalg.solve(rows.T @ rows + ridge, rows.T @ missing))
+    errors = [(gain * (rest @ s - target[held_out].flatten(0, 1))).square().sum().item() for s in solutions]
+    best = solutions[errors.index(min(errors))].float()
+    layer.weight.copy_(best[:-1].T)
+    layer.bias.copy_(best[-1])
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "alone"])
@@ -397,7 +408,7 @@ def test_the_teacher_runs_once_where_kept_modules_are_refitted_too():
     counts = count_images(teacher.model)
     refit(teacher, modules, {name: "linear"}, calibration())
     assert counts["patch_embed"] == counts["blocks.0.mlp"] == counts["blocks.1.attn"] == IMAGES
-    assert counts["head"] == 0
+    assert counts["head"] == 2 * IMAGES  # of the teacher, and of the student
 
 
 @pytest.mark.parametrize("mixer", ["none", "pool"])
@@ -411,10 +422,11 @@ def test_kept_mlps_behind_a_replaced_site_are_corrected_and_no_others(mixer):
     assert drift(teacher, student, held_out()) < alone <= before
     true, given = teacher.model.state_dict(), student.state_dict()
     layers = ("blocks.1.mlp.fc2", "blocks.2.mlp.fc2")
-    assert {key for key in true.keys() & given.keys() if not torch.equal(true[key], given[key])} == {
+    changed = {key for key in true.keys() & given.keys() if not torch.equal(true[key], given[key])}
+    assert {key for key in changed if not key.startswith("head.")} == {
         f"{layer}.{part}" for layer in layers for part in ("weight", "bias")
     }
-    for layer in layers:  # a student goes on to share all else
+    for layer in (*layers, "head"):  # a student goes on to share all else
         assert student.get_submodule(layer).weight is not teacher.model.get_submodule(layer).weight
     assert student.blocks[2].mlp.fc1.weight is teacher.model.blocks[2].mlp.fc1.weight
     assert not any(parameter.requires_grad for parameter in student.parameters())
@@ -423,6 +435,9 @@ def test_kept_mlps_behind_a_replaced_site_are_corrected_and_no_others(mixer):
 def test_modules_whose_last_layer_the_host_cannot_name_are_left_alone():
     class Wordless(TimmVitHost):
         def output_layer(self, module, site):
+            return None
+
+        def classifier_layer(self, model):
             return None
 
     teacher = as_teacher(tiny.tiny_vit(), Wordless(), name="wordless")
@@ -587,8 +602,61 @@ def test_a_student_whose_other_weights_have_changed(kept):
     mlps = [f"blocks.{number}.mlp.fc2.{part}" for number in (0, 1) for part in ("weight", "bias")]
     assert {name for name in others if not torch.equal(others[name], after[name])} == {
         *(f"{name}.mixer.readout.{part}" for name in names for part in ("weight", "bias")),
-        *(mlps if kept else ()),
+        *((*mlps, "head.weight", "head.bias") if kept else ()),
     }
+
+
+@torch.inference_mode()
+def logits_error(teacher, student, batches):
+    true, given = (torch.cat([model(batch) for batch in batches]) for model in (teacher.model, student))
+    return float((given - true).square().sum() / (true - true.mean(0)).square().sum())
+
+
+@pytest.mark.parametrize("one_piece", [False, True])
+def test_the_classifier_makes_up_for_what_is_left(one_piece, monkeypatch):
+    if one_piece:
+        monkeypatch.setattr(TimmVitHost, "stages", lambda self, model: [model])
+    teacher, data = open_teacher("digits_vit"), open_data("digits")
+    batches, others = (
+        list(image_batches(data, part, teacher.image, 16))
+        for part in (data.splits.calibration[:256], data.splits.validation[:96])
+    )
+    before = fingerprint(teacher.model)
+    name = attention_sites(teacher)[-1].name
+    errors = []
+    for alone in (False, True):
+        if alone:
+            monkeypatch.setattr(TimmVitHost, "classifier_layer", lambda self, model: None)
+        modules = {name: make_replacement(Candidate("none"), teacher.site(name))}
+        errors.append(logits_error(teacher, refit(teacher, modules, {name: "none"}, batches), others))
+    assert errors[0] < 0.95 * errors[1]
+    assert fingerprint(teacher.model) == before
+
+
+def test_a_classifier_that_is_more_than_one_layer_is_left_alone(monkeypatch):
+    teacher = tiny.tiny_teacher()
+    teacher.model.head = nn.Sequential(teacher.model.head, nn.Tanh())
+    names = {site.name: "pool" for site in attention_sites(teacher)}
+    assert teacher.host.classifier_layer(teacher.model) is None
+    # Nor where a host takes it for one.
+    monkeypatch.setattr(TimmVitHost, "classifier_layer", lambda self, model: "head.0")
+    student = refit(teacher, stitched(teacher, names), names, calibration())
+    assert torch.equal(student.head[0].weight, teacher.model.head[0].weight)
+
+
+def test_images_that_say_nothing_of_a_classifier_leave_it_as_it_is():
+    layer = nn.Linear(16, 3)
+    before = layer.weight.clone()
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(40, 16, generator=generator)
+    solve_classifier(layer, features, layer(features).detach())  # it is right already
+    torch.testing.assert_close(layer.weight, before)
+    wanted = layer(features).detach() + torch.randn(40, 3, generator=generator)  # noise
+    solve_classifier(layer, features, wanted)
+    assert (layer.weight - before).abs().max() < 0.3
+    layer = nn.Linear(16, 3, bias=False)
+    solve_classifier(layer, features, features[:, :3])
+    torch.testing.assert_close(layer.weight, torch.eye(16)[:3], atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize("options", TEACHERS.values(), ids=TEACHERS)

@@ -62,6 +62,9 @@ class Host(Protocol):
     def is_classifier(self, model: nn.Module) -> bool:
         """Whether the output is logits over classes; otherwise it is an embedding."""
 
+    def classifier_layer(self, model: nn.Module) -> str | None:
+        """Return the path of the linear layer whose output is the model's, or None if there is none."""
+
     def attention_maps(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """Return the attention (B, H, N, N) that the teacher's module at an attention site pays on x (B, N, D)."""
 

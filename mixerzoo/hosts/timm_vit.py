@@ -175,6 +175,13 @@ class TimmVitHost:
         stages: list[Stage] = [embed, *m.blocks, head]
         return stages if _composes(model, stages, self.image_config(model)) else [model]
 
+    def classifier_layer(self, model: nn.Module) -> str | None:
+        """Return the path of timm's classifier where that is a single linear layer."""
+        m: Any = model
+        found = m.get_classifier() if hasattr(m, "get_classifier") else None
+        names = (name for name, module in model.named_modules() if module is found)
+        return next(names, None) if isinstance(found, nn.Linear) else None
+
     def attention_maps(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """Return softmax(q k^T / sqrt(K)), (B, H, N, N), with the module's own q and k norms."""
         m: Any = module

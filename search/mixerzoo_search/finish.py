@@ -58,9 +58,10 @@ class Outcome:
 def finish(context: Context, results: Sequence[PlanResult], model: AdditiveModel) -> Outcome:
     """Refit and distil the best plans, and choose the winner by its loss after that.
 
-    Only plans that meet the budget when measured again have their turn. The winner is measured once more, beside the
-    teacher: if it misses the budget, the next best is taken. If all do, what was measured corrects the model, exact
-    plans are solved for again, and further plans that are a little faster have their turn.
+    What was measured corrects the model, and exact plans are solved for again: those of the study may have left room
+    below the budget. Only plans that meet it when measured again have their turn. The winner is measured once more,
+    beside the teacher: if it misses the budget, the next best is taken. If all do, the model is corrected once more,
+    and further plans that are a little faster have their turn.
     """
     made: dict[str, PlanResult] = {}
     further: list[PlanResult] = []
@@ -68,6 +69,8 @@ def finish(context: Context, results: Sequence[PlanResult], model: AdditiveModel
     tuning = halving.summary([])
     limit = context.budget_ms
     for _ in range(ATTEMPTS):
+        model, more = solved_again(context, model, [*results, *further, *missed], limit)
+        further += more
         over = {result.plan for result in missed}
         chosen, missed_again = _finalists(
             context, [r for r in (*results, *further) if r.plan not in over], limit
@@ -81,10 +84,8 @@ def finish(context: Context, results: Sequence[PlanResult], model: AdditiveModel
         best = _choose(context, ready, missed)
         if best is not None:
             break
-        model, more = solved_again(context, model, [*results, *further, *missed], limit)
         if not chosen and not missed_again and not more:
             break
-        further += more
         limit *= STRICTER
     extra = [result for result in made.values() if result.source in ("refit", "finetuned")]
     return Outcome(best=best, results=[*further, *extra], finetuning=tuning)

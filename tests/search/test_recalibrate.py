@@ -1,5 +1,6 @@
 """What measured students teach the additive model: the line, candidates that are off, never noise."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ from mixerzoo_search import recalibrate
 from mixerzoo_search.additive import AdditiveModel
 from mixerzoo_search.evaluate import PlanResult
 from mixerzoo_search.finish import Finalist, finish
-from mixerzoo_search.recalibrate import LEAST, recalibrated, solved_again
+from mixerzoo_search.recalibrate import FEW, LEAST, NEAR, moved, recalibrated, solved_again
 from mixerzoo_search.run_directory import RunDirectory
 from mixerzoo_search.timing import random_plans
 
@@ -145,6 +146,26 @@ def result_of(plain, plan, *, model, source="sampler"):
     )
 
 
+def test_what_is_near_the_limit_says_how_far_off_the_model_is_there():
+    model = make_model()
+    results = [
+        PlanResult(
+            **{**vars(result_of(model, plan, model=model)), "latency_ms": 0.9 * model.predict_ms(plan)}
+        )
+        for plan in random_plans(model, 30, seed=4)
+    ]
+    near = [r for r in results if abs(r.latency_ms - 7.0) <= NEAR * 7.0]
+    assert len(near) >= FEW
+    found = moved(model, results, 7.0)
+    off = [found.predict_ms(r.plan) - r.latency_ms for r in near]
+    assert abs(np.median(off)) < 1e-9
+    assert found.slope == model.slope
+    again = moved(model, [*(replace(r, latency_ms=3.0) for r in near), *results], 7.0)
+    assert again == found  # of a plan measured twice the last counts
+    assert moved(model, results, 1.0) == model  # none is near
+    assert moved(model, near[: FEW - 1], 7.0) == model
+
+
 def test_plans_that_missed_are_solved_again_with_what_they_taught(context, monkeypatch):
     monkeypatch.setattr(recalibrate, "shapes_of", lambda context: SHAPES)
     model, limit = make_model(), 7.0
@@ -228,6 +249,33 @@ def test_where_no_plan_meets_the_budget_the_next_are_solved_for_with_corrected_l
     assert outcome.best.result.plan in {result.plan for result in outcome.results}
     assert outcome.best.result.source == "exact"
     assert len(noted) >= 4  # each that missed was said
+
+
+def test_room_below_the_budget_is_not_left_unused(context, monkeypatch):
+    """The study's plans were faster than predicted: the one of lowest loss is only found when solved for again."""
+    monkeypatch.setattr(recalibrate, "shapes_of", lambda context: SHAPES)
+    model, budget = make_model(), 7.0
+    monkeypatch.setitem(globals(), "truth", lambda plain, plan: 0.9 * plain.additive_ms(plan))
+    results = [
+        result
+        for plan in random_plans(model, 60, seed=4)
+        if (result := result_of(model, plan, model=model)).predicted_ms <= budget
+    ]
+    context.budget_ms, context.settings = budget, SimpleNamespace(finetune_minutes=0.0)
+    context.evaluator.modules = lambda plan, fresh=False: plan
+    context.evaluator.final_latency = lambda plans: {
+        name: (truth(model, plan), 1.002 * truth(model, plan)) for name, plan in plans.items()
+    }
+    context.teacher.model = None
+    monkeypatch.setattr(finishing, "assemble", lambda model, plan: plan)
+    monkeypatch.setattr(
+        finishing, "_refitted", lambda _, result, __: Finalist(result=result, student=result.plan)
+    )
+    outcome = finish(context, results, model)
+    assert outcome.best is not None
+    assert outcome.best.result.predicted_ms > 0.97 * budget
+    assert outcome.best.result.latency_ms <= budget
+    assert outcome.best.result.loss < min(r.loss for r in results)
 
 
 def test_a_search_that_can_meet_nothing_ends(context, monkeypatch):
