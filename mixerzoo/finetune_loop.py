@@ -27,6 +27,8 @@ from mixerzoo.finetune_recipe import Images, Recipe, Tuned
 from mixerzoo.hosts import Teacher, fingerprint
 
 CLIP = 1.0  # norm of the gradient
+PROBES = 4  # batches whose gradients say how far the weights of a tensor may go in a step
+PROMISE = 1.0  # times the loss: what the largest steps of all tensors together promise, to the first order
 CHECKS = 16  # held-out losses
 EARLY = 4  # further ones before the first of them: a rate that is far too high shows at once
 LOST = 2.0  # times the lowest held-out loss: steps that lead there are taken back
@@ -48,6 +50,7 @@ class Standing:
         better: whether the best state is another one than that of the student given.
         checked: seconds when the last held-out loss was known.
         slowed: what the learning rate is multiplied by, since steps were taken back.
+        most: parameter -> the highest learning rate that its gradients allow; none for those without.
         losses: sum of the training losses since the last row.
         counted: how many these are.
         curve: rows.
@@ -59,6 +62,7 @@ class Standing:
     better: bool = False
     checked: float = 0.0
     slowed: float = 1.0
+    most: dict[str, float] = field(default_factory=dict)
     losses: float = 0.0
     counted: int = 0
     curve: list[dict[str, Any]] = field(default_factory=list)
@@ -95,7 +99,10 @@ class Training:
         self.model = copy.deepcopy(student).to(self.device).eval().requires_grad_(True)
         self.stages = teacher.host.stages(self.teacher.model), teacher.host.stages(self.model)
         self.first = self._first()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=recipe.lr, weight_decay=0.0)
+        groups = [
+            {"params": [parameter]} for parameter in self.model.parameters()
+        ]  # each has a rate of its own
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=0.0)
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.order = torch.empty(0, dtype=torch.int64)  # what is left of this pass over the images
         self.best: dict[str, torch.Tensor] = {}
@@ -106,6 +113,7 @@ class Training:
             began = time.perf_counter()
             self.standing.best = float(evaluate(self.model))
             self.check_cost = time.perf_counter() - began
+            self.standing.most = self._highest_rates()
 
     def run(self, on_progress: Callable[[float], None], on_row: Callable[[dict[str, Any]], None]) -> Tuned:
         """Go through what is left of the budget."""
@@ -155,17 +163,49 @@ class Training:
             first = min([first, *(site.stage for site in self.teacher.sites)])
         return first
 
-    def _step(self, share: float) -> bool:
-        """Take a step; False, and nothing is changed, where the loss or its gradient is not finite."""
-        rows = self._rows()
+    def _highest_rates(self) -> dict[str, float]:
+        """Return the learning rate of each tensor at which its steps promise its share of the loss, and no more.
+
+        A step of Adam moves each weight by about the rate, whatever the gradient: on a pretrained model, where few
+        directions of large matrices matter much, a rate that suits its biases multiplies the loss at once. A tensor's
+        step promises, to the first order, the rate times the sum of its gradient's absolute values. A penalty wants
+        changes beyond what the loss can promise: with one, the recipe's rate is that of all.
+        """
+        if self.penalty is not None:
+            return {}
+        whole, sums = 0.0, {name: 0.0 for name, _ in self.model.named_parameters()}
+        for _ in range(PROBES):
+            loss = self._loss(self._rows())
+            self.optimizer.zero_grad()
+            loss.backward()
+            whole += float(loss.detach())
+            for name, parameter in self.model.named_parameters():
+                if parameter.grad is not None:
+                    sums[name] += float(parameter.grad.abs().sum())
+        self.optimizer.zero_grad()
+        trained = {name: size for name, size in sums.items() if size > 0}
+        found = {name: PROMISE * whole / len(trained) / size for name, size in trained.items()}
+        return {name: rate for name, rate in found.items() if math.isfinite(rate)}
+
+    def _loss(self, rows: list[int]) -> torch.Tensor:
         batch = self.images.batch(rows).to(self.device)
         labels = None if self.labels is None else self.labels[rows].to(self.device)
-        self.optimizer.param_groups[0]["lr"] = self._rate(share)
         dtype = self.recipe.autocast
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            loss = whole_loss(
+            return whole_loss(
                 self.teacher, *self.stages, batch, labels, self.recipe.label_weight, first=self.first
             )
+
+    def _set_rates(self, share: float) -> None:
+        rate = self._rate(share)
+        for group, (name, _) in zip(self.optimizer.param_groups, self.model.named_parameters(), strict=True):
+            most = self.standing.most.get(name, math.inf)
+            group["lr"] = rate * min(1.0, most / self.recipe.lr)
+
+    def _step(self, share: float) -> bool:
+        """Take a step; False, and nothing is changed, where the loss or its gradient is not finite."""
+        self._set_rates(share)
+        loss = self._loss(self._rows())
         if self.penalty is not None:
             loss = loss + self.penalty(self.model)
         what, value = "loss", loss.detach()

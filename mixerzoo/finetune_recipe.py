@@ -31,7 +31,8 @@ class Recipe:
     Attributes:
         steps: gradient steps; or None for `seconds`.
         seconds: wall time, over all starts; or None for `steps`.
-        lr: highest learning rate of AdamW: a linear warm-up, then a cosine down to 0.
+        lr: highest learning rate of AdamW: a linear warm-up, then a cosine down to 0. Tensors whose steps would promise
+            more than their share of the loss have a lower one.
         batch_size: images in a step.
         label_weight: of the cross-entropy on labels.
         seed: of the order of images.

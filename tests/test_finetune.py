@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import types
 
 import pytest
@@ -13,6 +14,8 @@ import mixerzoo.finetune_loop as module
 from mixerzoo.checkpoint import CHECKPOINT, load_checkpoint, remove_checkpoint, save_checkpoint
 from mixerzoo.errors import MixerzooError
 from mixerzoo.finetune import Recipe, finetune, train
+from mixerzoo.finetune_loop import PROBES, PROMISE, Training
+from mixerzoo.finetune_recipe import Pool
 from mixerzoo.hosts import Replacement, assemble, fingerprint
 from mixerzoo.plan import Candidate
 from mixerzoo.score import Judge
@@ -353,6 +356,61 @@ def test_the_curve_is_as_it_went():
     assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
 
 
+def training(teacher, student=None, **options):
+    recipe = Recipe(**{"steps": 20, "lr": 1e-3} | options.pop("recipe", {}))
+    pool = Pool(torch.cat(images()))
+    arguments = {"labels": None, "evaluate": lambda model: 1.0, "folder": None} | options
+    return Training(teacher, make_student(teacher) if student is None else student, pool, recipe, **arguments)
+
+
+def test_no_step_promises_more_than_the_loss():
+    teacher = tiny.tiny_teacher()
+    most = training(teacher).standing.most
+    again = training(teacher)
+    losses, sums = 0.0, dict.fromkeys(most, 0.0)
+    again.order = torch.empty(0, dtype=torch.int64)
+    again.generator.manual_seed(0)
+    for _ in range(PROBES):
+        again.model.zero_grad()
+        loss = again._loss(again._rows())
+        loss.backward()
+        losses += float(loss.detach())
+        for name, parameter in again.model.named_parameters():
+            if name in most:
+                sums[name] += float(parameter.grad.abs().sum())
+    promised = {name: rate * sums[name] for name, rate in most.items()}
+    assert sum(promised.values()) == pytest.approx(PROMISE * losses, rel=1e-3)
+    assert len(most) > 5
+    assert max(promised.values()) == pytest.approx(min(promised.values()), rel=1e-3)
+
+
+def test_the_rate_asked_for_is_the_highest():
+    teacher = tiny.tiny_teacher()
+    for lr in (1e-9, 1e3):
+        one = training(teacher, recipe={"lr": lr})
+        one._set_rates(0.05)  # the top of the schedule
+        names = [name for name, _ in one.model.named_parameters()]
+        rates = {name: group["lr"] for name, group in zip(names, one.optimizer.param_groups, strict=True)}
+        for name, rate in rates.items():
+            assert rate == pytest.approx(min(lr, one.standing.most.get(name, lr)), rel=1e-3)
+
+
+def test_with_a_penalty_the_rate_is_that_of_all():
+    teacher = tiny.tiny_teacher()
+    one = training(teacher, penalty=lambda model: next(model.parameters()).square().sum())
+    assert one.standing.most == {}
+    one._set_rates(0.05)
+    assert [group["lr"] for group in one.optimizer.param_groups] == pytest.approx(
+        [1e-3] * len(one.optimizer.param_groups)
+    )
+
+
+def test_a_student_without_loss_has_nothing_to_learn():
+    teacher = tiny.tiny_teacher()
+    same = copy.deepcopy(assemble(teacher.model, {}))
+    assert all(rate < 1e-3 for rate in training(teacher, same).standing.most.values())
+
+
 def test_every_pass_shows_every_image_once():
     teacher = tiny.tiny_teacher()
     seen = []
@@ -368,7 +426,7 @@ def test_every_pass_shows_every_image_once():
     recipe = Recipe(steps=8, batch_size=5)
     train(teacher, make_student(teacher), Recorded(), recipe, evaluate=lambda model: 1.0)
     assert seen.pop(0) == [0]  # finds out what the student shares with the teacher
-    passes = [[row for rows in part for row in rows] for part in (seen[:4], seen[4:])]
+    passes = [[row for rows in part for row in rows] for part in (seen[:4], seen[4:8], seen[8:])]
     assert all(sorted(order) == list(range(20)) for order in passes)
     assert passes[0] != passes[1]
 
@@ -386,7 +444,8 @@ def test_autocast_is_for_those_who_ask_on_a_cpu(dtype):
     assert all(p.dtype == torch.float32 for p in tuned.student.parameters())
 
 
-def test_why_it_stopped_is_said():
+def test_why_it_stopped_is_said(monkeypatch):
+    monkeypatch.setattr(module, "PROMISE", math.inf)
     teacher = tiny.tiny_teacher()
     assert tune(teacher, steps=2)[1].stopped is None
     _, tuned = tune(teacher, steps=20, lr=1e30)

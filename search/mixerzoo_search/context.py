@@ -21,6 +21,7 @@ from mixerzoo.registry import get_registry
 from mixerzoo.score import Judge
 from mixerzoo_search.candidates import CandidateLibrary
 from mixerzoo_search.evaluate import Evaluator
+from mixerzoo_search.finetuning.images import PreparedImages
 from mixerzoo_search.run_directory import RunDirectory
 from mixerzoo_search.settings import Settings
 
@@ -112,6 +113,11 @@ class Context:
     def release_activations(self) -> None:
         """Let go of the teacher's activations: nothing is distilled block-locally any more."""
         self.__dict__.pop("captured", None)
+
+    @cached_property
+    def training_images(self) -> PreparedImages:
+        """All images that there are to distil on: those that the closed forms saw are fitted too well to teach."""
+        return PreparedImages(self.data, self.data.splits.calibration, self.teacher.image)
 
     @cached_property
     def score_judge(self) -> Judge:

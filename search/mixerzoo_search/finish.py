@@ -186,7 +186,7 @@ def _finetuned(
     tuned, _ = finetune(
         context.teacher,
         finalist.student,
-        context.calibration_batches,
+        context.training_images,
         seconds=this.seconds,
         evaluate=evaluate,
         seed=context.settings.seed,

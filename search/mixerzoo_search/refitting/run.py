@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from mixerzoo.data import image_batches
@@ -129,7 +127,7 @@ def _refit(
     if not after[0].loss < before[0].loss:  # nor where it is NaN
         student.model.load_state_dict(state)
     if minutes:
-        student, taken = _distilled(context, student, batches, minutes)
+        student, taken = _distilled(context, student, minutes)
         seconds += taken
         after = judged(context, student.model)
     return student, Refitted(
@@ -144,16 +142,14 @@ def _refit(
     )
 
 
-def _distilled(
-    context: Context, student: Student, batches: Sequence[torch.Tensor], minutes: float
-) -> tuple[Student, float]:
+def _distilled(context: Context, student: Student, minutes: float) -> tuple[Student, float]:
     """Distil a student as a whole; return the best by validation loss, itself included, and the seconds taken."""
     began = time.perf_counter()
     with context.reporter.phase("distillation as a whole", 1) as report:
         model, _ = finetune(
             context.teacher,
             student.model,
-            batches,
+            context.training_images,
             seconds=60 * minutes,
             evaluate=lambda model: context.judge.evaluate(model).loss,
             seed=context.settings.seed,
