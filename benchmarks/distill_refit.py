@@ -22,6 +22,7 @@ from mixerzoo.refit import refit
 from mixerzoo.score import Judge
 from mixerzoo.student import make_replacement
 from mixerzoo_search.candidates import CandidateLibrary
+from mixerzoo_search.finetuning.images import PreparedImages
 
 CORE = ("static", "glu_mlp", "linear_attention", "multihead_lstm", "shallow_ffn")
 QUICK_CORE = ("static",)
@@ -153,7 +154,8 @@ class _Variant:
         tuned, _ = finetune(
             teacher,
             student,
-            self.subject.batches,
+            # As in a search: all that are there to distil on.
+            PreparedImages(self.subject.data, self.subject.data.splits.calibration, teacher.image),
             seconds=60 * minutes,
             evaluate=lambda model: self.validation.evaluate(model).loss,
             seed=settings.seed,
@@ -182,7 +184,8 @@ class _Variant:
                 continue
             for when, most in limits.items():
                 what = f"{self.variant} {name}, {when}: points below the teacher"
-                met[what] = verdict(self.console, what, 100 * (teacher - row[when]["accuracy"]), most)
+                lost = round(100 * (teacher - row[when]["accuracy"]), 2)
+                met[what] = verdict(self.console, what, lost, most)
             if "refit" in limits:
                 what = f"{self.variant} {name}: teacher passes of the refit"
                 met[what] = verdict(self.console, what, row["refit"]["passes"], PASSES_BAR)

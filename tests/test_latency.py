@@ -28,6 +28,7 @@ from mixerzoo.latency import (
     measure_table,
     threads,
 )
+from mixerzoo.latency import rounds as rounds_module
 from mixerzoo.latency.rounds import BETWEEN, FEW, MIN_SAMPLE_MS, WARMUP
 from mixerzoo.plan import Candidate
 from mixerzoo.registry import temporary_plugin
@@ -86,6 +87,35 @@ def test_costs_of_any_size(costs, teacher):
     assert found.keys() == {"teacher", *named}
     for name, cost in named.items():
         assert found[name].median == pytest.approx(cost, rel=1e-6)
+
+
+@pytest.mark.parametrize("spells", [2, 5])
+def test_what_lasts_for_a_spell_is_seen_by_others(spells, monkeypatch):
+    """Rounds of one spell agree with each other, and say nothing of the next."""
+    slept, number = [], [0]
+    monkeypatch.setattr(
+        rounds_module.time, "sleep", lambda seconds: (slept.append(seconds), number.append(1))
+    )
+    factors = [1.0, 1.06, 0.98, 1.02, 0.97][:spells]
+
+    def by_spell():
+        return 5.0 * factors[len(number) - 1]
+
+    told = []
+    once = timings(Clock(), {"teacher": 10.0, "a": 5.0}, rounds=exactly(7))
+    found = timings(
+        Clock(),
+        {"teacher": 10.0, "a": by_spell},
+        rounds=Rounds(least=7, most=7, spells=spells),
+        on_round=told.append,
+    )
+    assert len(slept) == spells - 1
+    assert found["a"].ratio == pytest.approx(0.5 * float(np.median(factors)))
+    assert once["a"].error < 1e-9
+    assert found["a"].error > (max(factors) - min(factors)) / 4
+    assert found["teacher"].ratio == 1.0
+    assert told == sorted(told)
+    assert told[-1] == 7 * spells
 
 
 def test_outliers_do_not_count():

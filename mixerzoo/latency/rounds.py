@@ -23,7 +23,8 @@ ENOUGH = 0.25  # share of the rounds that must be quiet for both sides
 DISTURBED = 0.1  # least relative error where they were not
 BETWEEN = 3  # subjects between two timings of the reference
 # The range of so few normal samples, times this, is a 95 % interval of their mean (Dean and Dixon 1951).
-FEW = {2: 12.7, 3: 2.61, 4: 1.43}
+FEW = {2: 12.7, 3: 2.61, 4: 1.43, 5: 1.02}
+PAUSE_S = 0.25  # between two spells
 HALVES = 8  # ratios from which on the two halves of a measurement must agree, too
 
 
@@ -37,6 +38,8 @@ class Rounds:
         precision: relative error of a ratio that is good enough.
         quiet: rounds, among them, in which neither side was disturbed.
         slow: times the reference; for what is certainly slower than this, no precision is asked.
+        spells: how often all that is done again, up to five times. What a shared machine does to one side more than to
+            the other may last for seconds: rounds of one spell agree with each other, and not with those of the next.
     """
 
     least: int = 9
@@ -44,6 +47,7 @@ class Rounds:
     precision: float = 0.02
     quiet: int = 0
     slow: float = float("inf")
+    spells: int = 1
 
 
 AS_A_RULE = Rounds()

@@ -18,7 +18,8 @@ from mixerzoo_search.additive import AdditiveModel
 from mixerzoo_search.candidates import CandidateLibrary
 
 TRIAL = Rounds(least=7, most=21, precision=0.02)
-FINAL = Rounds(least=15, most=120, precision=0.01, quiet=15)
+AGAIN = Rounds(least=15, most=120, precision=0.01, quiet=15)
+FINAL = Rounds(least=7, most=60, precision=0.015, quiet=7, spells=5)
 SURPRISE = 0.1  # relative difference of measured and predicted latency that calls for a longer measurement
 UNSURE = 0.05  # relative error that does, too
 CACHED_MODULES = 64
@@ -126,7 +127,7 @@ class Evaluator:
         timing = self.stopwatch.time({"student": student}, rounds=TRIAL)["student"]
         surprising = abs(self.base_ms * timing.ratio / predicted_ms - 1) > SURPRISE
         if surprising or timing.error > UNSURE:
-            timing = self.stopwatch.time({"student": student}, rounds=FINAL)["student"]
+            timing = self.stopwatch.time({"student": student}, rounds=AGAIN)["student"]
         return PlanResult(
             plan=plan,
             loss=judged.loss,
