@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -92,6 +93,40 @@ def measure(
     them would spoil the ratio: where either took far longer than it can, the round does not count. A machine that
     is not quiet is measured for more rounds; what is still not known then is said by `Timing.error`.
     """
+    found = []
+    for spell in range(rounds.spells):
+        if spell:
+            time.sleep(PAUSE_S)
+        found.append(_spell(subjects, rounds, clock, partial(_later, on_round, spell * rounds.least)))
+    return (
+        found[0] if rounds.spells == 1 else {name: _pooled([one[name] for one in found]) for name in subjects}
+    )
+
+
+def _later(on_round: Callable[[int], None], before: int, done: int) -> None:
+    on_round(before + done)
+
+
+def _pooled(spells: Sequence[Timing]) -> Timing:
+    """Return the median of some spells; the error is that of their mean, going by how far they are apart."""
+    ratios = [timing.ratio for timing in spells]
+    ratio = float(np.median(ratios))
+    apart = (max(ratios) - min(ratios)) * FEW[len(ratios)] / 2 / ratio
+    return Timing(
+        median=float(np.median([timing.median for timing in spells])),
+        low=float(np.median([timing.low for timing in spells])),
+        high=float(np.median([timing.high for timing in spells])),
+        ratio=ratio,
+        error=max(apart, min(timing.error for timing in spells)),
+    )
+
+
+def _spell(
+    subjects: Mapping[str, Run],
+    rounds: Rounds,
+    clock: Callable[[], float],
+    on_round: Callable[[int], None],
+) -> dict[str, Timing]:
     loops = {name: _loops(run, clock) for name, run in subjects.items()}
     others = [name for name in subjects if name != REFERENCE]
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in others}  # (reference, subject)
