@@ -51,7 +51,8 @@ def test_the_stages_are_judged_and_go_on(start, monkeypatch):
     assert result.exit_code == 0, result.output
     stages = figures["stages"]
     assert list(stages) == ["stitched", "refit", "finetuned"]
-    assert stages["finetuned"]["loss"] < stages["refit"]["loss"] < stages["stitched"]["loss"]
+    # The steps are chosen on validation images: on the test images of a teacher that knows nothing they may not help.
+    assert max(stages["finetuned"]["loss"], stages["refit"]["loss"]) < stages["stitched"]["loss"]
     assert stages["finetuned"]["steps"] == finetune.QUICK_STEPS
     accuracy = figures["teacher"]["accuracy"]
     assert figures["points_below"]["refit"] == pytest.approx(

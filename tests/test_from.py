@@ -155,7 +155,8 @@ def test_it_goes_on_by_itself_when_the_earlier_run_is_gone(again, first, work, p
         **tiny_search.FAST | {"mixers": tiny_search.MIXERS, "trials": 2, "finetune_minutes": 0},
     )
     assert (work["captured"], work["distilled"]) == (0, 0)
-    assert len(work["evaluated"]) == 2
+    assert 2 <= len(work["evaluated"]) <= 2 + 6  # exact plans are solved for again after the study
+    assert sum(TAKEN not in trial.user_attrs for trial in trials_of(more.path)) == 2
     assert sum(TAKEN in trial.user_attrs for trial in trials_of(more.path)) == TRIALS
 
 

@@ -1,6 +1,7 @@
 """The sequential refit: closer to the teacher on images it has not seen, exact where it can be."""
 
 import copy
+import math
 from contextlib import contextmanager
 
 import pytest
@@ -333,12 +334,12 @@ def slow_refit(teacher, modules, names, x, *, kept):
     if kept and teacher.classifier:
         with FeatureTap(student.head) as tap:
             student(x)
-        slow_solve(student.head, tap.features(), teacher.model(x), 1)
+        slow_solve(student.head, tap.features(), teacher.model(x), 1, clear=2.0)
     return student
 
 
-def slow_solve(layer, features, target, gain):
-    """Solve a layer from features and targets of all images, in order."""
+def slow_solve(layer, features, target, gain, *, clear=-math.inf):
+    """Solve a layer from features and targets of all images, in order; `clear`: standard errors of its gain."""
     images = len(target)
     z = features.reshape(images, -1, layer.in_features).double()
     z, target = (
@@ -354,8 +355,12 @@ def slow_solve(layer, features, target, gain):
         ridge[-1, -1] = 1e-9 * len(rows)
         missing = target[train].flatten(0, 1) - rows @ start
         solutions.append(start + torch.linalg.solve(rows.T @ rows + ridge, rows.T @ missing))
-    errors = [(gain * (rest @ s - target[held_out].flatten(0, 1))).square().sum().item() for s in solutions]
+    rows_left = [(gain * (rest @ s - target[held_out].flatten(0, 1))).square().sum(-1) for s in solutions]
+    errors = [one.sum().item() for one in rows_left]
     best = solutions[errors.index(min(errors))].float()
+    gained = rows_left[0] - min(rows_left, key=lambda one: one.sum().item())
+    if not gained.mean() > clear * gained.std() / len(gained) ** 0.5:
+        return
     layer.weight.copy_(best[:-1].T)
     layer.bias.copy_(best[-1])
 
