@@ -113,7 +113,9 @@ class Training:
             began = time.perf_counter()
             self.standing.best = float(evaluate(self.model))
             self.check_cost = time.perf_counter() - began
+            began = time.perf_counter()
             self.standing.most = self._highest_rates()
+            self.standing.seconds = time.perf_counter() - began  # as long as a few steps: of the budget, too
 
     def run(self, on_progress: Callable[[float], None], on_row: Callable[[dict[str, Any]], None]) -> Tuned:
         """Go through what is left of the budget."""

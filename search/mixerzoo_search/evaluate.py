@@ -18,8 +18,8 @@ from mixerzoo_search.additive import AdditiveModel
 from mixerzoo_search.candidates import CandidateLibrary
 
 TRIAL = Rounds(least=7, most=21, precision=0.02)
-AGAIN = Rounds(least=15, most=120, precision=0.01, quiet=15)
-FINAL = Rounds(least=7, most=60, precision=0.015, quiet=7, spells=5)
+AGAIN = Rounds(least=15, most=120, precision=0.01, quiet=15)  # a trial that is surprising or unsure
+FINAL = Rounds(least=7, most=60, precision=0.015, quiet=7, spells=5)  # what may be the winner
 SURPRISE = 0.1  # relative difference of measured and predicted latency that calls for a longer measurement
 UNSURE = 0.05  # relative error that does, too
 CACHED_MODULES = 64
