@@ -10,7 +10,6 @@ import copy
 import tempfile
 import time
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from mixerzoo_search.candidates import CandidateLibrary
 MIXERS = ("static", "glu_mlp", "linear_attention", "multihead_lstm", "gmlp", "retention", "dwconv", "pool")
 QUICK_MIXERS = ("static", "linear_attention")
 BAR = 6.0  # teacher passes
+PARALLEL_PARTS = 3  # of the sites, with the teacher beside each
 
 
 def run(subject: Subject, settings: Settings, section: Section, console: Console) -> None:
@@ -104,15 +104,20 @@ def _build(
         shelf = CandidateLibrary(
             Library(Path(folder) / "library"), subject.teacher, source, steps=0, seed=settings.seed
         )
-        share = -(-len(subject.batches) // len(subject.attention))  # batches beside a site's candidates
+        # Processes are started for many sites at once, as a search does.
+        sites = list(dict.fromkeys(site for site, _ in todo))
+        together = -(-len(sites) // PARALLEL_PARTS) if parallel else 1
+        share = -(-len(subject.batches) * together // len(sites))  # batches beside so many sites' candidates
         began = time.perf_counter()
         make_all = _parallel() if parallel else None
-        for _, group in groupby(todo, key=lambda pair: pair[0]):
+        for first in range(0, len(sites), together):
+            here = sites[first : first + together]
+            group = [(site, candidate) for site, candidate in todo if site in here]
             if make_all is None:
                 for site, candidate in group:
                     shelf.make(site, candidate, captured, stepped=False)
             else:
-                make_all(shelf, list(group), captured, stepped=False)
+                make_all(shelf, group, captured, stepped=False)
             also_beside.run(share)
         build_s = time.perf_counter() - began - also_beside.seconds
         entries = [shelf.find(site, candidate, stepped=False) for site, candidate in todo]

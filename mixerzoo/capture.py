@@ -21,7 +21,9 @@ from mixerzoo.spill import FileRows, MemoryRows, Spill
 from mixerzoo.statistics import AttentionStatistics
 
 MEMORY_LIMIT_GB = 4.0
-MAP_IMAGES = 256  # maps are computed a second time, which is slow; their means settle before that
+SAMPLE_IMAGES = (
+    256  # for statistics; maps are computed a second time, which is slow, and their means settle before
+)
 UNIT_TOKENS = 16_384  # of which the covariance of hidden units is taken
 
 
@@ -119,7 +121,8 @@ class _Recorder:
         )
         self.maps = AttentionStatistics(site) if site.kind == "attention" else None
         self.units = Covariance(site.hidden or 0)
-        self.added = self.residual = 0.0
+        self.added = self.residual = 0.0  # energy of what is added, and of what it is added to
+        self.images = 0
 
     def attach(self) -> list[torch.utils.hooks.RemovableHandle]:
         """Hook the site's module, and the norm before it for the size of the residual stream."""
@@ -130,20 +133,22 @@ class _Recorder:
         return handles
 
     def _seen_residual(self, _module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
-        self.residual += _energy(args[0])
+        if self.images < SAMPLE_IMAGES:
+            self.residual += _energy(args[0])
 
     def _seen(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         x = args[0]
         self.x.append(x)
         self.y.append(output)
-        scale = None if self.site.scale is None else self.teacher.model.get_submodule(self.site.scale)
-        self.added += _energy(output if scale is None else scale(output))
-        if self.maps is not None:
-            if self.maps.images < MAP_IMAGES:
+        if self.images < SAMPLE_IMAGES:
+            scale = None if self.site.scale is None else self.teacher.model.get_submodule(self.site.scale)
+            self.added += _energy(output if scale is None else scale(output))
+            if self.maps is not None:
                 self.maps.update(self.teacher.host.attention_maps(module, x))
-        elif self.units.rows < UNIT_TOKENS:
+        if self.maps is None and self.units.rows < UNIT_TOKENS:
             hidden = self.teacher.host.hidden_units(module, x)
             self.units.update(hidden.flatten(0, 1)[: UNIT_TOKENS - self.units.rows])
+        self.images += len(x)
 
     def finish(self) -> SiteCapture:
         """Return what was gathered."""

@@ -16,9 +16,10 @@ from mixerzoo.capture import SiteCapture
 from mixerzoo.errors import MixerzooError
 from mixerzoo.hosts import count_params
 from mixerzoo.objectives import OBJECTIVES
-from mixerzoo.pairs import BATCH, Pairs, evaluate, held_out_objective, held_out_rows, spread
+from mixerzoo.pairs import BATCH, evaluate, held_out_objective, held_out_rows
 from mixerzoo.readout import FeatureTap, RunningReadout, lower, solve_readout
 from mixerzoo.spec import MixerSpec, Site
+from mixerzoo.targets import Targets
 
 PATIENCE = 3  # checks without a better held-out error before the steps stop: it falls when the rate does
 CHECKS = 5  # checks of the held-out error in a full run of steps
@@ -78,6 +79,7 @@ def distill(
     recipe: Recipe,
     *,
     start: dict[str, torch.Tensor] | None = None,
+    targets: Targets | None = None,
 ) -> Distilled:
     """Distil `spec` at `width` for `site`; never raises for what a mixer does wrong, but records it.
 
@@ -88,7 +90,9 @@ def distill(
         captured: the teacher's inputs and outputs there.
         recipe: how far to go.
         start: state of the same candidate after a shorter recipe; skips inheritance and closed form.
+        targets: what the readouts of all candidates of the site are solved for, unless this is the only one.
     """
+    targets = targets or Targets(captured)
     began = time.perf_counter()
     nmse_start = nmse_solved = math.nan
     steps = params = 0
@@ -104,12 +108,12 @@ def distill(
                     spec.inherit(mixer, captured.view)
             mixer.eval()
             if spec.readout is not None and start is None:
-                nmse_start, nmse_solved = solve_readout(mixer, spec.readout, captured)
+                nmse_start, nmse_solved = solve_readout(mixer, spec.readout, targets)
                 nmse = lower(nmse_start, nmse_solved)
             else:
                 nmse = nmse_start = evaluate(mixer, captured)
             if recipe.steps and params:
-                nmse, steps = take_steps(mixer, captured, recipe, nmse, readout=spec.readout)
+                nmse, steps = take_steps(mixer, targets, recipe, nmse, readout=spec.readout)
         if not math.isfinite(nmse):
             raise MixerzooError(f"its held-out error is {nmse}")
         state = {name: tensor.detach().contiguous() for name, tensor in mixer.state_dict().items()}
@@ -138,7 +142,7 @@ def distill(
 
 def take_steps(
     mixer: nn.Module,
-    captured: Pairs,
+    targets: Targets,
     recipe: Recipe,
     nmse: float,
     *,
@@ -151,8 +155,9 @@ def take_steps(
     and solved on all of them (`anchored` or not) at every check. Steps on a solved readout would first undo the
     solution.
     """
+    captured = targets.pairs
     train, _ = held_out_rows(len(captured.x))
-    size = spread(captured, train) / captured.y[train].numel()
+    size = targets.spread(train) / captured.y[train].numel()
     solved = set() if readout is None else set(mixer.get_submodule(readout).parameters())
     parameters = [p.requires_grad_() for p in mixer.parameters() if p not in solved]
     if not parameters:
@@ -194,7 +199,7 @@ def take_steps(
             if step % every == 0 or step == recipe.steps:
                 mixer.eval()
                 if readout:
-                    now = lower(*solve_readout(mixer, readout, captured, anchored=anchored))
+                    now = lower(*solve_readout(mixer, readout, targets, anchored=anchored))
                 else:
                     now = evaluate(mixer, captured)
                 found = reached(now)

@@ -23,12 +23,11 @@ from mixerzoo.checkpoint import (
 )
 from mixerzoo.errors import MixerzooError
 from mixerzoo.finetune_loss import shared_stages, whole_loss
+from mixerzoo.finetune_rates import highest_rates, parameter_groups, set_rates
 from mixerzoo.finetune_recipe import Images, Recipe, Tuned
 from mixerzoo.hosts import Teacher, fingerprint
 
 CLIP = 1.0  # norm of the gradient
-PROBES = 4  # batches whose gradients say how far the weights of a tensor may go in a step
-PROMISE = 1.0  # times the loss: what the largest steps of all tensors together promise, to the first order
 CHECKS = 16  # held-out losses
 EARLY = 4  # further ones before the first of them: a rate that is far too high shows at once
 LOST = 2.0  # times the lowest held-out loss: steps that lead there are taken back
@@ -99,10 +98,7 @@ class Training:
         self.model = copy.deepcopy(student).to(self.device).eval().requires_grad_(True)
         self.stages = teacher.host.stages(self.teacher.model), teacher.host.stages(self.model)
         self.first = self._first()
-        groups = [
-            {"params": [parameter]} for parameter in self.model.parameters()
-        ]  # each has a rate of its own
-        self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model), lr=recipe.lr, weight_decay=0.0)
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.order = torch.empty(0, dtype=torch.int64)  # what is left of this pass over the images
         self.best: dict[str, torch.Tensor] = {}
@@ -114,7 +110,9 @@ class Training:
             self.standing.best = float(evaluate(self.model))
             self.check_cost = time.perf_counter() - began
             began = time.perf_counter()
-            self.standing.most = self._highest_rates()
+            # A penalty wants changes beyond what the loss can promise.
+            if penalty is None:
+                self.standing.most = highest_rates(self.model, lambda: self._loss(self._rows()))
             self.standing.seconds = time.perf_counter() - began  # as long as a few steps: of the budget, too
 
     def run(self, on_progress: Callable[[float], None], on_row: Callable[[dict[str, Any]], None]) -> Tuned:
@@ -165,30 +163,6 @@ class Training:
             first = min([first, *(site.stage for site in self.teacher.sites)])
         return first
 
-    def _highest_rates(self) -> dict[str, float]:
-        """Return the learning rate of each tensor at which its steps promise its share of the loss, and no more.
-
-        A step of Adam moves each weight by about the rate, whatever the gradient: on a pretrained model, where few
-        directions of large matrices matter much, a rate that suits its biases multiplies the loss at once. A tensor's
-        step promises, to the first order, the rate times the sum of its gradient's absolute values. A penalty wants
-        changes beyond what the loss can promise: with one, the recipe's rate is that of all.
-        """
-        if self.penalty is not None:
-            return {}
-        whole, sums = 0.0, {name: 0.0 for name, _ in self.model.named_parameters()}
-        for _ in range(PROBES):
-            loss = self._loss(self._rows())
-            self.optimizer.zero_grad()
-            loss.backward()
-            whole += float(loss.detach())
-            for name, parameter in self.model.named_parameters():
-                if parameter.grad is not None:
-                    sums[name] += float(parameter.grad.abs().sum())
-        self.optimizer.zero_grad()
-        trained = {name: size for name, size in sums.items() if size > 0}
-        found = {name: PROMISE * whole / len(trained) / size for name, size in trained.items()}
-        return {name: rate for name, rate in found.items() if math.isfinite(rate)}
-
     def _loss(self, rows: list[int]) -> torch.Tensor:
         batch = self.images.batch(rows).to(self.device)
         labels = None if self.labels is None else self.labels[rows].to(self.device)
@@ -198,15 +172,9 @@ class Training:
                 self.teacher, *self.stages, batch, labels, self.recipe.label_weight, first=self.first
             )
 
-    def _set_rates(self, share: float) -> None:
-        rate = self._rate(share)
-        for group, (name, _) in zip(self.optimizer.param_groups, self.model.named_parameters(), strict=True):
-            most = self.standing.most.get(name, math.inf)
-            group["lr"] = rate * min(1.0, most / self.recipe.lr)
-
     def _step(self, share: float) -> bool:
         """Take a step; False, and nothing is changed, where the loss or its gradient is not finite."""
-        self._set_rates(share)
+        set_rates(self.optimizer, self.model, self.standing.most, self._rate(share), top=self.recipe.lr)
         loss = self._loss(self._rows())
         if self.penalty is not None:
             loss = loss + self.penalty(self.model)

@@ -49,6 +49,7 @@ MAKING = (
     "readout",
     "ridge",
     "statistics",
+    "targets",
 )
 DISTILLING = tuple(Path(__file__).with_name(f"{name}.py") for name in MAKING)  # what weights depend on
 

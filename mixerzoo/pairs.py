@@ -43,9 +43,26 @@ def held_out_rows(images: int) -> tuple[slice, slice]:
 
 def batches(captured: Pairs, rows: slice) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield x and y (B, N, D) of the rows in float32, batch by batch."""
-    for number, first in enumerate(range(rows.start, rows.stop, BATCH)):
-        part = slice(first, min(first + BATCH, rows.stop))
+    for part in _parts(captured, rows):
         yield captured.x[part].float(), captured.y[part].float()
+
+
+def inputs(captured: Pairs, rows: slice) -> Iterator[torch.Tensor]:
+    """Yield x (B, N, D) of the rows in float32, batch by batch."""
+    for part in _parts(captured, rows):
+        yield captured.x[part].float()
+
+
+def targets(captured: Pairs, rows: slice) -> Iterator[torch.Tensor]:
+    """Yield y (B, N, D) of the rows in float32, batch by batch."""
+    for part in _parts(captured, rows):
+        yield captured.y[part].float()
+
+
+def _parts(captured: Pairs, rows: slice) -> Iterator[slice]:
+    """Yield the rows a batch at a time; the memory of those gone through is given back now and then."""
+    for number, first in enumerate(range(rows.start, rows.stop, BATCH)):
+        yield slice(first, min(first + BATCH, rows.stop))
         if number % RELEASE == RELEASE - 1:
             captured.release()
     captured.release()
@@ -54,7 +71,7 @@ def batches(captured: Pairs, rows: slice) -> Iterator[tuple[torch.Tensor, torch.
 def spread(captured: Pairs, rows: slice) -> float:
     """Return sum |y - mean(y)|^2 over the rows, the mean a channel's."""
     total, squares, count = torch.zeros(captured.y.shape[2], dtype=torch.float64), 0.0, 0
-    for _, y in batches(captured, rows):
+    for y in targets(captured, rows):
         total += y.sum((0, 1))
         squares += float(torch.linalg.vector_norm(y, dim=(0, 1)).double().square().sum())
         count += y.shape[0] * y.shape[1]

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from mixerzoo.errors import MixerzooError
-from mixerzoo.pairs import Pairs, batches, forward, held_out_rows, spread
+from mixerzoo.pairs import Pairs, forward, held_out_rows, inputs
 from mixerzoo.ridge import Gram, ridge, solve
+from mixerzoo.targets import BLOCK, Drawn, Targets
 
-SEEN_TOKENS = 131_072  # that a mixer is run on for its readout to be solved
+SEEN_TOKENS = 65_536  # that a mixer is run on for its readout to be solved
 # Of these, drawn at random, that it is solved on and that choose the penalty: tokens of one image have much in common.
-SOLVE_TOKENS, HELD_OUT_TOKENS = 32_768, 16_384
-BLOCK = 4096  # rows that are summed at once
+SOLVE_TOKENS, HELD_OUT_TOKENS = 28_672, 8_192
 FADE = 0.9  # what a batch counts for, a step later
 SOLVED_EVERY = 4  # steps
 ENOUGH = 4  # rows a feature
@@ -26,14 +26,25 @@ CHECKED = 4  # images on which a mixer's output is compared with its readout's
 
 @torch.inference_mode()
 def solve_readout(
-    mixer: nn.Module, readout: str, captured: Pairs, *, anchored: bool = False
+    mixer: nn.Module, readout: str, targets: Targets, *, anchored: bool = False
 ) -> tuple[float, float]:
     """Solve the mixer's last linear layer by ridge regression, if that makes it better.
 
-    The penalty is on the layer's weights; `anchored`, on their change. One pass is enough: what the Gram matrices
-    hold tells the held-out NMSE of any readout. Returns that of the readout as it was and of the solved one; NaN
-    where there was no solution.
+    One pass is enough: what the Gram matrices hold tells the held-out NMSE of any readout.
+
+    Args:
+        mixer: the mixer.
+        readout: path of the layer.
+        targets: of the site, shared by its candidates.
+        anchored: whether the penalty is on the change of the layer's weights, not on the weights.
+
+    Returns:
+        The held-out NMSE of the readout as it was, and of the solved one; that is NaN where there was no solution.
+
+    Raises:
+        MixerzooError: if it is no linear layer, or the mixer's output is not that of the layer.
     """
+    captured = targets.pairs
     layer = mixer.get_submodule(readout)
     if not isinstance(layer, nn.Linear):
         raise MixerzooError(f"readout '{readout}' is a {type(layer).__name__}, not a linear layer")
@@ -49,11 +60,11 @@ def solve_readout(
             (slice(0, min(train.stop, enough)), SOLVE_TOKENS),
             (held_out, HELD_OUT_TOKENS),
         ):
-            share = most / captured.x[rows, :, 0].numel()
-            grams.append(_gram(mixer, tap, captured, rows, share))
+            drawn = targets.drawn(rows, width=layer.out_features, most=most)
+            grams.append(_gram(mixer, tap, captured, drawn))
     # A readout may have more outputs than the D channels that the error is about.
     kept = grams[1].rows * layer.out_features / captured.y[held_out].numel()
-    energy = kept * spread(captured, held_out)
+    energy = kept * targets.spread(held_out)
     bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias
     now = torch.cat([layer.weight.T, bias[None]]).double()
     before = grams[1].error(now) / energy
@@ -66,27 +77,22 @@ def solve_readout(
     return before, solved
 
 
-def _gram(mixer: nn.Module, tap: FeatureTap, captured: Pairs, rows: slice, share: float) -> Gram:
-    """Return the Gram matrices of the features that a mixer makes of the rows, of a random `share` of their tokens."""
+def _gram(mixer: nn.Module, tap: FeatureTap, captured: Pairs, drawn: Drawn) -> Gram:
+    """Return the Gram matrices of the features that a mixer makes of some images, in the rows that were drawn."""
     gram = Gram(tap.layer.in_features, tap.layer.out_features)
-    generator = torch.Generator().manual_seed(0)
-    block = torch.empty(BLOCK, tap.layer.in_features), torch.empty(BLOCK, tap.layer.out_features)
-    filled = 0
-    for x, y in batches(captured, rows):
-        features, target = tap.features_of(mixer, x), y.reshape(-1, tap.layer.out_features)
-        drawn = torch.arange(len(features))
-        if share < 1 and len(features) == len(x) * x.shape[1]:
-            drawn = torch.randperm(len(features), generator=generator)[: round(share * len(features))]
-        while len(drawn):
-            part, drawn = drawn.tensor_split([BLOCK - filled])
-            for whole, tensor in zip(block, (features, target), strict=True):
-                torch.index_select(tensor, 0, part, out=whole[filled : filled + len(part)])
+    block = torch.empty(BLOCK, tap.layer.in_features)
+    blocks, filled = iter(drawn.blocks), 0
+    for x, chosen in zip(inputs(captured, drawn.images), drawn.rows, strict=True):
+        features = tap.features_of(mixer, x)
+        while len(chosen):
+            part, chosen = chosen.tensor_split([BLOCK - filled])
+            torch.index_select(features, 0, part, out=block[filled : filled + len(part)])
             filled += len(part)
             if filled == BLOCK:
-                gram.update(*block)
+                gram.update(block, *next(blocks))
                 filled = 0
     if filled:
-        gram.update(*(whole[:filled] for whole in block))
+        gram.update(block[:filled], *next(blocks))
     return gram
 
 

@@ -24,6 +24,7 @@ from mixerzoo.readout import lower, solve_classifier, solve_readout
 from mixerzoo.registry import get_registry
 from mixerzoo.sides import Sides, SitePairs
 from mixerzoo.spec import Site
+from mixerzoo.targets import Targets
 
 LEAST_GAIN = 1e-3  # of a layer scale, relative to its root mean square: below it a channel is left as it was
 TOGETHER = 2  # sites of one stage that the teacher's pass shows at once: a block's attention and its MLP
@@ -179,7 +180,7 @@ def _refit_site(job: _Job, pairs: SitePairs, recipe: Recipe) -> None:
     """
     if len(pairs.x) < 2:  # none could be held out
         return
-    module, readout = job.module, job.readout
+    module, readout, targets = job.module, job.readout, Targets(pairs)
     layer = module if readout is None else module.get_submodule(readout)
     # Without steps, and in what is kept, nothing but the layer changes.
     changes = module if recipe.steps and not job.kept else layer
@@ -187,21 +188,21 @@ def _refit_site(job: _Job, pairs: SitePairs, recipe: Recipe) -> None:
     try:
         if readout is None:
             scaled = _Scaled(module, pairs.gain)
-            _take_steps(scaled, pairs, recipe, evaluate(scaled, pairs), None)
+            _take_steps(scaled, targets, recipe, evaluate(scaled, pairs), None)
         elif isinstance(layer, nn.Linear):
             with _folded(layer, pairs.gain):
-                was, solved = solve_readout(module, readout, pairs, anchored=True)
+                was, solved = solve_readout(module, readout, targets, anchored=True)
                 if recipe.steps and not job.kept:
-                    _take_steps(module, pairs, recipe, lower(was, solved), readout)
+                    _take_steps(module, targets, recipe, lower(was, solved), readout)
     except MixerzooError:  # not finite on what this student feeds it
         changes.load_state_dict(before)
 
 
-def _take_steps(mixer: nn.Module, pairs: SitePairs, recipe: Recipe, nmse: float, readout: str | None) -> None:
+def _take_steps(mixer: nn.Module, targets: Targets, recipe: Recipe, nmse: float, readout: str | None) -> None:
     try:
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            take_steps(mixer, pairs, recipe, nmse, readout=readout, anchored=True)
+            take_steps(mixer, targets, recipe, nmse, readout=readout, anchored=True)
     finally:
         mixer.eval().requires_grad_(False).zero_grad()
 

@@ -12,48 +12,97 @@ PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # relative to the mean squared
 STRONGER = (1.0, 10.0)  # more of them for a solution that there is already: in the limit it stays as it is
 # An error on so many rows that is so many times what the sums tell, and so much of the spread more,
 # shows that the sums are wrong.
-SAMPLE, UNLIKELY, SLACK = 256, 2.0, 0.01
+SAMPLE, MOST_SAMPLE, UNLIKELY, SLACK = 256, 1024, 2.0, 0.01
 STRIPS = 4  # of a Gram matrix: what is below them need not be multiplied
+
+
+Sums = tuple[torch.Tensor, torch.Tensor]
+
+
+def column_sums(y: torch.Tensor) -> Sums:
+    """Return the sum and the sum of squares of each column of y (rows, T), in float64."""
+    return y.sum(0).double(), torch.linalg.vector_norm(y, dim=0).double().square()
 
 
 class Gram:
     """Streams rows of features (rows, F) and targets (rows, T) into the sums that least squares needs.
 
-    A constant feature is added for the bias. Sums are kept in float64; a block of rows is kept as it is.
+    A constant feature is added for the bias. Blocks are multiplied in float32, and their sums kept in float64. What is
+    multiplied is the features less their mean in the first block: pretrained transformers have channels that are
+    always hundreds of times larger than the others, and the rounding errors of their squares would drown those.
+
+    Attributes:
+        yy: sum of squares of each target (T,).
+        y: sum of each target (T,).
+        rows: how many there were.
+        sample: some rows of a block, as they were.
     """
 
     def __init__(self, features: int, targets: int) -> None:
-        self.xx = torch.zeros(features + 1, features + 1, dtype=torch.float64)
-        self.xy = torch.zeros(features + 1, targets, dtype=torch.float64)
+        self._xx = torch.zeros(features, features, dtype=torch.float64)
+        self._xy = torch.zeros(features, targets, dtype=torch.float64)
+        self._x = torch.zeros(features, dtype=torch.float64)
+        self._center = torch.zeros(features)
+        self._moved = torch.empty(0, features)  # a block less its center: the same memory for all of them
+        self._whole: tuple[torch.Tensor, torch.Tensor] | None = None
         self.yy = torch.zeros(targets, dtype=torch.float64)
         self.y = torch.zeros(targets, dtype=torch.float64)
         self.rows = 0.0
         self.sample = torch.zeros(0, features), torch.zeros(0, targets)
 
-    def update(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Add rows: x (rows, F), y (rows, T)."""
-        total, features = x.sum(0), x.shape[1]
+    def update(self, x: torch.Tensor, y: torch.Tensor, sums: Sums | None = None) -> None:
+        """Add rows: x (rows, F), y (rows, T), with the sums of y if they are known."""
+        self._whole = None
+        if not self.rows:
+            self._center = x.mean(0)
+        if len(self.sample[0]) < min(len(x), MOST_SAMPLE):
+            self.sample = x[:MOST_SAMPLE].clone(), y[:MOST_SAMPLE].clone()
+        if len(self._moved) < len(x):
+            self._moved = torch.empty_like(x)
+        x = torch.sub(x, self._center, out=self._moved[: len(x)])
+        features = x.shape[1]
         width = max(-(-features // STRIPS), 1)
         for first in range(0, features, width):
             last = min(first + width, features)
             strip = x[:, first:last].T @ x[:, first:]
-            self.xx[first:last, first:-1] += strip
-            self.xx[last:-1, first:last] += strip[:, last - first :].T
-        self.xx[-1, :-1] += total
-        self.xx[:-1, -1] += total
-        self.xx[-1, -1] += len(x)
-        self.xy[:-1] += x.T @ y
-        y_total = y.sum(0)
-        self.xy[-1] += y_total
-        self.yy += torch.linalg.vector_norm(y, dim=0).double().square()
-        self.y += y_total
+            self._xx[first:last, first:] += strip
+            self._xx[last:, first:last] += strip[:, last - first :].T
+        self._xy += x.T @ y
+        self._x += x.sum(0)
+        total, squares = column_sums(y) if sums is None else sums
+        self.y += total
+        self.yy += squares
         self.rows += len(x)
-        if len(x) >= len(self.sample[0]):
-            self.sample = x, y
+
+    @property
+    def xx(self) -> torch.Tensor:
+        """Products of the features, the constant one last (F + 1, F + 1)."""
+        return self._products()[0]
+
+    @property
+    def xy(self) -> torch.Tensor:
+        """Products of the features, the constant one last, with the targets (F + 1, T)."""
+        return self._products()[1]
+
+    def _products(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._whole is None:
+            center = self._center.double()
+            total = self._x + self.rows * center
+            xx, xy = (
+                torch.zeros(len(center) + 1, n, dtype=torch.float64) for n in (len(center) + 1, len(self.y))
+            )
+            xx[:-1, :-1] = self._xx + torch.outer(center, self._x) + torch.outer(total, center)
+            xx[-1, :-1] = xx[:-1, -1] = total
+            xx[-1, -1] = self.rows
+            xy[:-1] = self._xy + torch.outer(center, self.y)
+            xy[-1] = self.y
+            self._whole = xx, xy
+        return self._whole
 
     def fade(self, share: float) -> None:
         """Let the rows so far count for this share of what they did."""
-        for total in (self.xx, self.xy, self.yy, self.y):
+        self._whole = None
+        for total in (self._xx, self._xy, self._x, self.yy, self.y):
             total *= share
         self.rows *= share
 
@@ -76,7 +125,7 @@ class Gram:
         Blocks are multiplied in float32. Where features hardly differ, beside a few that are far larger, a small
         penalty lets a solution fit the rounding errors of that, and the sums say that it is an excellent one.
         """
-        x, y = (rows[: 4 * SAMPLE] for rows in self.sample)
+        x, y = self.sample
         if len(x) < SAMPLE:
             return True  # too few to tell
         found = (torch.addmm(solution[-1].float(), x, solution[:-1].float()) - y).square().sum()
@@ -163,7 +212,7 @@ def _lowest(solution_of: Callable[[int], Solution | None], count: int) -> Soluti
     if at is None:
         return None
     while True:
-        lower = min((at - 1, at + 1), key=error)
-        if not error(lower) < error(at):
+        lower = next((number for number in (at - 1, at + 1) if error(number) < error(at)), None)
+        if lower is None:
             return tried[at]
         at = lower

@@ -8,7 +8,7 @@ import tiny
 import torch
 from torch import nn
 
-from mixerzoo.capture import MAP_IMAGES, capture
+from mixerzoo.capture import SAMPLE_IMAGES, capture
 from mixerzoo.elimination import importance
 from mixerzoo.spec import AttentionView, MlpView
 
@@ -116,9 +116,9 @@ def test_maps_are_not_recomputed_for_ever(monkeypatch):
         return maps(self, module, x)
 
     monkeypatch.setattr(type(teacher.host), "attention_maps", counted)
-    count = MAP_IMAGES + 40
+    count = SAMPLE_IMAGES + 40
     capture(teacher, tiny.tiny_batches(count, batch_size=32), count)
-    assert sum(seen) == 2 * MAP_IMAGES  # two attention sites
+    assert sum(seen) == 2 * SAMPLE_IMAGES  # two attention sites
 
 
 def test_progress_counts_images(both):

@@ -17,6 +17,7 @@ from mixerzoo.pairs import batches, evaluate, held_out_objective, held_out_rows
 from mixerzoo.readout import CHECKED, SOLVED_EVERY, FeatureTap, RunningReadout, solve_readout
 from mixerzoo.registry import get_registry
 from mixerzoo.ridge import solve
+from mixerzoo.targets import Targets
 
 IMAGES = 40
 
@@ -262,7 +263,7 @@ def test_a_readout_without_bias_is_solved_without_one(at):
     _, kept = at
     shifted = replace(kept, y=kept.y + 3)
     mixer = NoBias(24).eval()
-    before, solved = solve_readout(mixer, "readout", shifted)
+    before, solved = solve_readout(mixer, "readout", Targets(shifted))
     assert solved < before
     found = direct_nmse(mixer, shifted)
     train, _ = held_out_rows(IMAGES)
@@ -380,7 +381,7 @@ def test_the_readout_follows_the_steps(at):
                 mixer(x)
                 running.update(tap.features(), y)
     followed = evaluate(mixer, kept)
-    _, solved = solve_readout(mixer, "readout", kept)
+    _, solved = solve_readout(mixer, "readout", Targets(kept))
     assert followed == pytest.approx(solved, rel=0.1)
 
 
@@ -400,7 +401,7 @@ def test_steps_can_be_for_the_cosine_along_the_tokens(at):
         torch.manual_seed(0)
         mixer = Affine(24).eval()
         recipe = Recipe(steps=30, lr=1e-2, objective=objective)
-        nmse, _ = take_steps(mixer, kept, recipe, evaluate(mixer, kept), readout=None)
+        nmse, _ = take_steps(mixer, Targets(kept), recipe, evaluate(mixer, kept), readout=None)
         assert evaluate(mixer, kept) == pytest.approx(nmse, rel=1e-4)
         errors[objective] = nmse, held_out_objective(mixer, kept, token_cosine)
     assert errors["cosine"][1] < errors["nmse"][1]
@@ -421,7 +422,7 @@ def test_a_readout_is_solved_without_running_it(at):
             self.readout.register_forward_hook(lambda *_: calls.append(1))
 
     calls = []
-    solve_readout(Counts(24), "readout", at[1])
+    solve_readout(Counts(24), "readout", Targets(at[1]))
     assert len(calls) == 2  # once to see that it gives the output, and once for the comparison
 
 
@@ -486,7 +487,7 @@ def test_the_mixer_is_left_in_eval_mode_at_its_best(at):
     _, kept = at
     mixer = Affine(24).eval()
     start = evaluate(mixer, kept)
-    best, steps = take_steps(mixer, kept, Recipe(steps=10, lr=1e-2), start, readout="readout")
+    best, steps = take_steps(mixer, Targets(kept), Recipe(steps=10, lr=1e-2), start, readout="readout")
     assert not mixer.training
     assert steps == 10
     assert best < start
@@ -497,7 +498,7 @@ def test_a_readout_that_is_not_called_is_an_error(at):
     mixer = Affine(24)
     mixer.unused = nn.Linear(24, 24)
     with pytest.raises(MixerzooError, match="the readout was not called"):
-        solve_readout(mixer, "unused", at[1])
+        solve_readout(mixer, "unused", Targets(at[1]))
 
 
 def test_a_readout_that_is_called_now_and_then_is_an_error(at):
@@ -506,4 +507,4 @@ def test_a_readout_that_is_called_now_and_then_is_an_error(at):
             return super().forward(x) if len(x) <= CHECKED else x
 
     with pytest.raises(MixerzooError, match="the readout was not called"):
-        solve_readout(Sometimes(24), "readout", at[1])
+        solve_readout(Sometimes(24), "readout", Targets(at[1]))

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 import mixerzoo.finetune_loop as module
+from mixerzoo import finetune_rates
 from mixerzoo.checkpoint import CHECKPOINT, load_checkpoint, remove_checkpoint, save_checkpoint
 from mixerzoo.errors import MixerzooError
 from mixerzoo.finetune import Recipe, finetune, train
-from mixerzoo.finetune_loop import PROBES, PROMISE, Training
+from mixerzoo.finetune_loop import Training
+from mixerzoo.finetune_rates import PROBES, PROMISE, set_rates
 from mixerzoo.finetune_recipe import Pool
 from mixerzoo.hosts import Replacement, assemble, fingerprint
 from mixerzoo.plan import Candidate
@@ -388,7 +390,7 @@ def test_the_rate_asked_for_is_the_highest():
     teacher = tiny.tiny_teacher()
     for lr in (1e-9, 1e3):
         one = training(teacher, recipe={"lr": lr})
-        one._set_rates(0.05)  # the top of the schedule
+        set_rates(one.optimizer, one.model, one.standing.most, lr, top=lr)
         names = [name for name, _ in one.model.named_parameters()]
         rates = {name: group["lr"] for name, group in zip(names, one.optimizer.param_groups, strict=True)}
         for name, rate in rates.items():
@@ -399,7 +401,7 @@ def test_with_a_penalty_the_rate_is_that_of_all():
     teacher = tiny.tiny_teacher()
     one = training(teacher, penalty=lambda model: next(model.parameters()).square().sum())
     assert one.standing.most == {}
-    one._set_rates(0.05)
+    set_rates(one.optimizer, one.model, one.standing.most, 1e-3, top=1e-3)
     assert [group["lr"] for group in one.optimizer.param_groups] == pytest.approx(
         [1e-3] * len(one.optimizer.param_groups)
     )
@@ -445,7 +447,7 @@ def test_autocast_is_for_those_who_ask_on_a_cpu(dtype):
 
 
 def test_why_it_stopped_is_said(monkeypatch):
-    monkeypatch.setattr(module, "PROMISE", math.inf)
+    monkeypatch.setattr(finetune_rates, "PROMISE", math.inf)
     teacher = tiny.tiny_teacher()
     assert tune(teacher, steps=2)[1].stopped is None
     _, tuned = tune(teacher, steps=20, lr=1e30)

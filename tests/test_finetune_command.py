@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 
 import mixerzoo
-from mixerzoo import finetune_loop, locks
+from mixerzoo import finetune_loop, finetune_rates, locks
 from mixerzoo.cli import main
 from mixerzoo.errors import MixerzooError
 from mixerzoo.student import load_student
@@ -210,7 +210,7 @@ def test_a_kill_behind_the_result_leaves_only_the_end_to_do(here, monkeypatch):
 def test_what_does_not_help_is_undone_and_what_is_not_finite_is_said(here, monkeypatch):
     monkeypatch.setattr(finetune_loop, "EARLY", 0)  # else the first steps would be taken back
     monkeypatch.setattr(finetune_loop, "CHECKS", 1)
-    monkeypatch.setattr(finetune_loop, "PROMISE", float("inf"))  # else no tensor would get such a rate
+    monkeypatch.setattr(finetune_rates, "PROMISE", float("inf"))  # else no tensor would get such a rate
     told = run("run/mine", "--steps", "5", "--lr", "1e30")
     assert told.exit_code == 0
     assert "kept as it was" in told.stdout

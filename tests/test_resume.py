@@ -357,9 +357,9 @@ def distilled(monkeypatch):
     """Gradient steps of every candidate that is distilled from here on."""
     made, distill = [], candidates.distill
 
-    def recorded(spec, width, site, captured, recipe, *, start=None):
+    def recorded(spec, width, site, captured, recipe, *, start=None, targets=None):
         made.append(recipe.steps)
-        return distill(spec, width, site, captured, recipe, start=start)
+        return distill(spec, width, site, captured, recipe, start=start, targets=targets)
 
     monkeypatch.setattr(candidates, "distill", recorded)
     return made

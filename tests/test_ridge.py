@@ -225,3 +225,16 @@ def test_a_constant_target_has_a_solution():
     solution = solve(*(gram_of(x, torch.full((64, 2), 3.0)) for _ in "ab"))
     assert solution is not None
     torch.testing.assert_close(x @ solution.weight.T + solution.bias, torch.full((64, 2), 3.0))
+
+
+def test_channels_that_are_always_large_do_not_drown_the_others():
+    """As the massive activations of pretrained transformers would, beside features that nearly repeat each other."""
+    x, y = rows(4000, features=6, noise=0.01)
+    near = x + 1e-2 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    large = 3000 + torch.randn(4000, 3, generator=torch.Generator().manual_seed(4))
+    x = torch.cat([x, near, large], 1)
+    found = ridge(gram_of(x, y, batch=1000), 1e-9)
+    assert found is not None
+    expected = numpy_ridge(x, y, 1e-9)
+    best = nmse(x, y, torch.from_numpy(expected[:-1].T), torch.from_numpy(expected[-1]))
+    assert nmse(x, y, found[:-1].T, found[-1]) == pytest.approx(best, rel=1e-2)

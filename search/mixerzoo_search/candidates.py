@@ -15,6 +15,7 @@ from mixerzoo.library import Entry, Library, Order, Source, code_hash
 from mixerzoo.plan import Candidate
 from mixerzoo.registry import get_registry
 from mixerzoo.spec import MixerSpec, Site
+from mixerzoo.targets import Targets
 
 Candidates = Mapping[str, tuple[Candidate, ...]]  # site -> candidates, without `keep`
 Damage = Mapping[tuple[str, Candidate], float]
@@ -147,6 +148,7 @@ class CandidateLibrary:
         self.objective = objective
         self.stepped = set(stepped)
         self._orders: dict[tuple[str, Candidate, bool], tuple[str, Order]] = {}
+        self._targets: Targets | None = None  # of the site at which the last candidate was made
 
     def _order(self, site: str, candidate: Candidate, *, stepped: bool) -> tuple[str, Order]:
         """Return what has to be made, and its key first."""
@@ -193,7 +195,17 @@ class CandidateLibrary:
                     start = None if closed is None or closed.failed else self.files.state(closed.key)
                 spec = get_registry().mixers.get(candidate.mixer)
                 captured = capture.sites[site]
-                result = distill(spec, candidate.width, order.site, captured, order.recipe, start=start)
+                if self._targets is None or self._targets.pairs is not captured:
+                    self._targets = Targets(captured)
+                result = distill(
+                    spec,
+                    candidate.width,
+                    order.site,
+                    captured,
+                    order.recipe,
+                    start=start,
+                    targets=self._targets,
+                )
                 entry = self.files.put(order, result)
         if stepped:
             self.stepped.add((site, candidate))

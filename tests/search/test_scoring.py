@@ -92,10 +92,10 @@ def distilled(monkeypatch):
     """What is distilled from here on: (site, candidate, steps)."""
     made, distill = [], candidates_module.distill
 
-    def recorded(spec, width, site, captured, recipe, *, start=None):
+    def recorded(spec, width, site, captured, recipe, *, start=None, targets=None):
         made.append((site.name, Candidate(spec.name, width), recipe.steps))
         assert (start is not None) == (recipe.steps > 0)
-        return distill(spec, width, site, captured, recipe, start=start)
+        return distill(spec, width, site, captured, recipe, start=start, targets=targets)
 
     monkeypatch.setattr(candidates_module, "distill", recorded)
     return made
