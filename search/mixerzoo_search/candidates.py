@@ -211,6 +211,10 @@ class CandidateLibrary:
             self.stepped.add((site, candidate))
         return entry
 
+    def release_targets(self) -> None:
+        """Let go of what the candidates of the last site were solved for."""
+        self._targets = None
+
     def best(self, site: str, candidate: Candidate) -> Entry | None:
         """Return the better of the closed form and the stepped one, if that counts; None if neither is usable."""
         forms = (False, True) if (site, candidate) in self.stepped else (False,)

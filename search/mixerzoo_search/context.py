@@ -113,6 +113,7 @@ class Context:
     def release_activations(self) -> None:
         """Let go of the teacher's activations: nothing is distilled block-locally any more."""
         self.__dict__.pop("captured", None)
+        self.library.release_targets()
 
     @cached_property
     def training_images(self) -> PreparedImages:
