@@ -21,7 +21,7 @@ from mixerzoo.spill import FileRows, MemoryRows, Spill
 from mixerzoo.statistics import AttentionStatistics
 
 MEMORY_LIMIT_GB = 4.0
-SAMPLE_IMAGES = 256  # for statistics: maps are computed a second time, which is slow, and their means settle before
+SAMPLE_IMAGES = 256  # for statistics: maps are computed a second time, which is slow; means settle before
 UNIT_TOKENS = 16_384  # of which the covariance of hidden units is taken
 
 
