@@ -426,6 +426,15 @@ def test_a_readout_is_solved_without_running_it(at):
     assert len(calls) == 2  # once to see that it gives the output, and once for the comparison
 
 
+def test_what_candidates_share_does_not_depend_on_who_came_before(at):
+    targets = Targets(at[1])
+    for _ in range(2):
+        together = distill(AFFINE, 1.0, *at, Recipe(), targets=targets)
+        alone = distill(AFFINE, 1.0, *at, Recipe())
+        assert together.nmse == alone.nmse
+        assert all(torch.equal(together.state[name], alone.state[name]) for name in alone.state)
+
+
 def test_a_longer_recipe_goes_on_from_a_shorter_one(at):
     site, kept = at
     calls = []
