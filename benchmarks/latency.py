@@ -175,9 +175,7 @@ def met(options: Options, section: Section, console: Console) -> None:
             row |= {
                 "reported": result.summary["best"]["latency_ms"] / result.summary["teacher"]["latency_ms"]
             }
-            # What a search leaves behind in its process is not there where its student is used.
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
-                row |= other.submit(measured_again, options.model, result.best, options.threads).result()
+            row |= measured_apart(options.model, result.best, options.threads)
             row["over"] = row["fresh"] / share - 1
         section.rows[budget] = row
         section.save()
@@ -200,6 +198,12 @@ def result_of(run: Path) -> dict[str, Any]:
     """Return what a run says of its latency table."""
     found: dict[str, Any] = read_json(run / "latency.json")
     return found
+
+
+def measured_apart(model: str, best: Path, count: int) -> dict[str, float]:
+    """Time in a new process: what a search leaves behind in its own is not there where its student is used."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
+        return other.submit(measured_again, model, best, count).result()
 
 
 def measured_again(model: str, best: Path, count: int) -> dict[str, float]:

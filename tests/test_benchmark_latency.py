@@ -5,12 +5,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_run
 import tiny_search
 from click.testing import CliRunner
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import latency  # noqa: E402
+
+from mixerzoo.opening import open_teacher  # noqa: E402
+from mixerzoo.student import save_student  # noqa: E402
 
 sys.path.remove(str(BENCHMARKS))
 
@@ -54,6 +58,9 @@ def test_unknown_parts_and_runtimes_are_refused(start):
 @pytest.mark.slow
 def test_a_winner_that_is_over_its_budget_when_measured_afresh_is_named(start, monkeypatch):
     monkeypatch.setattr(latency, "QUICK_SEARCHES", 2)
+    monkeypatch.setattr(
+        latency, "measured_apart", latency.measured_again
+    )  # the rule holds in this process only
     said, found = start("--parts", "met")
     rows = found["met"]["rows"]
     assert list(rows) == ["45%", "95%"]
@@ -69,3 +76,14 @@ def test_a_winner_that_is_over_its_budget_when_measured_afresh_is_named(start, m
     said, found = start("--parts", "met")
     assert found["met"]["wrong"] == ["45%", "95%"]
     assert not found["met"]["passed"]
+
+
+@pytest.mark.slow
+def test_winners_are_measured_in_a_process_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)  # as it is for a script there
+    teacher = open_teacher("digits_vit")
+    best = tmp_path / "best"
+    save_student(best, tiny_run.make_student(teacher, {"blocks.0.attn": "pool@1"}), teacher)
+    found = latency.measured_apart("digits_vit", best, 1)
+    assert 0 < found["fresh"] < 2
+    assert found["teacher_ms"] > 0
