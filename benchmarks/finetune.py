@@ -1,8 +1,8 @@
 """All attention replaced by multi-head LSTMs at once: how near to the teacher closed form, refit and steps come.
 
 multihead_lstm@1 at every attention site (what FAR, arXiv 2505.21535, trains for hundreds of epochs), stitched from
-closed forms, refitted in sequence, and distilled as a whole for some minutes without labels. Each stage is kept in
-`--out`, and the same command goes on from there.
+closed forms and gradient steps at each site alone, refitted in sequence, and distilled as a whole for some minutes
+without labels. Each stage is kept in `--out`, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ from mixerzoo.score import Judge
 from mixerzoo.student import Student, load_student, make_replacement, save_student
 from mixerzoo_search.candidates import CandidateLibrary
 from mixerzoo_search.finetuning.images import PreparedImages
+from mixerzoo_search.making import make_all
 
 CAPTURED, TEST_IMAGES, VALIDATION_IMAGES = 1200, 500, 200
+SITE_STEPS, QUICK_SITE_STEPS = 300, 5
 QUICK_CAPTURED, QUICK_IMAGES, QUICK_TRAINED, QUICK_STEPS, QUICK_BATCH = 96, 60, 200, 15, 8
 BAR = 2.0  # points of accuracy below the teacher, after the last stage; DINOv2 only
 STAGES = ("stitched", "refit", "finetuned")
@@ -46,8 +48,9 @@ class Bench:
     Args:
         subject: the teacher, its data, and the images that closed forms and refit are solved on.
         candidate: what stands at every attention site.
-        trained: most images for the steps.
-        recipe: of the steps.
+        steps: at each site alone, after the closed form.
+        trained: most images for the steps of the whole.
+        recipe: of those.
         cache: where the library is kept.
         out: where the stages are.
         quick: fewer images to judge on.
@@ -58,6 +61,7 @@ class Bench:
         self,
         subject: Subject,
         candidate: Candidate,
+        steps: int,
         trained: int | None,
         recipe: Recipe,
         cache: Path,
@@ -76,7 +80,7 @@ class Bench:
         self.validation = subject.judge(splits.validation[: QUICK_IMAGES if quick else VALIDATION_IMAGES])
         source = Source.of(subject.teacher, subject.data, subject.indices)
         library = Library(cache / "distill-library")
-        self.shelf = CandidateLibrary(library, subject.teacher, source, steps=0, seed=recipe.seed)
+        self.shelf = CandidateLibrary(library, subject.teacher, source, steps=steps, seed=recipe.seed)
 
     def run(self) -> dict[str, Any]:
         """Go through the stages that are not there yet; return the figures of all."""
@@ -119,6 +123,7 @@ class Bench:
             "data": self.subject.data.fingerprint,
             "candidate": str(self.candidate),
             "solved": len(self.subject.indices),
+            "alone": self.shelf.steps,
             "trained": len(self.trained),
             "judged": self.test.images,
             **recipe,
@@ -133,15 +138,20 @@ class Bench:
         return load_student(self.out / stage, model=model).model.requires_grad_(False)
 
     def _modules(self) -> dict[str, Any]:
-        """Return fresh replacements as solved in closed form; the library is filled where it lacks them."""
+        """Return fresh replacements as distilled site by site; the library is filled where it lacks them."""
         sites = self.subject.attention
-        missing = [s for s in sites if self.shelf.find(s.name, self.candidate, stepped=False) is None]
-        if missing:
-            captured = self.subject.capture(self.subject.attention)
-            with self.reporter.phase("closed forms", len(missing)) as report:
-                for number, site in enumerate(missing):
-                    self.shelf.make(site.name, self.candidate, captured, stepped=False)
-                    report(number + 1)
+        tasks = [(site.name, self.candidate) for site in sites]
+        captured = None
+        for stepped, title in ((False, "closed forms"), (True, "gradient steps, site by site")):
+            if stepped and not self.shelf.steps:
+                continue
+            missing = [task for task in tasks if self.shelf.find(*task, stepped=stepped) is None]
+            if missing:
+                captured = captured or self.subject.capture(sites)
+                with self.reporter.phase(title, len(missing)) as report:
+                    make_all(self.shelf, missing, captured, stepped=stepped, on_made=report)
+            if stepped:
+                self.shelf.stepped.update(tasks)
         modules = {}
         for site in sites:
             entry = self.shelf.best(site.name, self.candidate)
@@ -199,7 +209,8 @@ def _figures(judge: Judge, student: nn.Module) -> dict[str, Any]:
     "--out", type=click.Path(path_type=Path), help="The stages.  [default: finetune-<teacher> in the cache]"
 )
 @click.option("--mixer", default="multihead_lstm@1", show_default=True, help="At every attention site.")
-@click.option("--minutes", default=60.0, show_default=True, help="Of steps.")
+@click.option("--steps", default=SITE_STEPS, show_default=True, help="At each site alone, before the refit.")
+@click.option("--minutes", default=60.0, show_default=True, help="Of steps on the whole.")
 @click.option("--lr", default=3e-4, show_default=True, help="Highest learning rate.")
 @click.option("--batch-size", default=16, show_default=True)
 @click.option("--images", type=int, help="Most images for the steps.  [default: all to distil on]")
@@ -214,6 +225,7 @@ def main(
     cache: Path,
     out: Path | None,
     mixer: str,
+    steps: int,
     minutes: float,
     lr: float,
     batch_size: int,
@@ -226,6 +238,7 @@ def main(
 ) -> None:
     """Measure the student after each stage; `--quick` takes the embedded teacher, few images and few steps."""
     teacher = "digits_vit" if quick else teacher
+    steps = min(steps, QUICK_SITE_STEPS) if quick else steps
     recipe = Recipe(
         steps=QUICK_STEPS if quick else None,
         seconds=None if quick else 60 * minutes,
@@ -243,6 +256,7 @@ def main(
             bench = Bench(
                 subject,
                 Candidate.parse(mixer),
+                steps,
                 QUICK_TRAINED if quick else images,
                 recipe,
                 cache,
@@ -256,6 +270,7 @@ def main(
     settings = {
         "teacher": teacher,
         "mixer": mixer,
+        "steps": steps,
         "minutes": None if quick else minutes,
         "lr": lr,
         "batch_size": recipe.batch_size,

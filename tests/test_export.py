@@ -360,12 +360,12 @@ def test_a_teacher_that_cannot_be_built_is_given_in_python(tmp_path):
 
 @pytest.mark.parametrize("format", ["onnx", "torch-export"])
 def test_mixers_that_cannot_be_exported_are_named_with_their_sites(here, format):
-    tiny_run.write_run("other", choices={"blocks.0.attn": "multihead_lstm@1", "blocks.1.attn": "pool@1"})
+    tiny_run.write_run("other", choices={"blocks.0.attn": "gated_delta@1", "blocks.1.attn": "pool@1"})
     before = tiny_run.files(here)
     refused(
         run("other", "--format", format),
         f"'other' cannot be exported as {format}",
-        "'multihead_lstm' at blocks.0.attn)",
+        "'gated_delta' at blocks.0.attn)",
         "--format safetensors",
         "--runtime onnxruntime",
     )

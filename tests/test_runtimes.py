@@ -188,9 +188,9 @@ def test_a_search_of_what_cannot_be_exported_is_refused(tmp_path):
     refuse(
         tmp_path,
         "no candidate for any site: runtime 'onnxruntime' needs mixers that claim 'exportable', "
-        "not multihead_lstm",
+        "not gated_delta",
         runtime="onnxruntime",
-        mixers=("multihead_lstm",),
+        mixers=("gated_delta",),
     )
 
 

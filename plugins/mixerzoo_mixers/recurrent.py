@@ -5,8 +5,9 @@ Shapes: B batch, N tokens, D model width, H heads, K = D / H head width, S hidde
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from mixerzoo_mixers._parts import check_tokens, compact, expand, head_width, sp
 from mixerzoo_mixers.kernels import usable
 from mixerzoo_mixers.kernels.lstm import recurrence
 
+SHORTEST = -1.0  # of the forget gates' biases at the start: they keep a quarter of what they hold
 MULTIPLE = 4  # units of a pruned LSTM: whole vectors of the processor
 
 
@@ -59,10 +61,13 @@ class MultiheadLstm(nn.Module):
         lengths = None if mask is None else mask.sum(dim=1).clamp(min=1).cpu()
         parts = []
         for lstm, proj, x in zip(
-            self.lstm, self.head_proj, inputs.chunk(len(self.lstm), dim=-1), strict=True
+            cast(list[nn.LSTM], list(self.lstm)),
+            self.head_proj,
+            inputs.chunk(len(self.lstm), dim=-1),
+            strict=True,
         ):
             if lengths is None:
-                states = lstm(x)[0]
+                states = states_of(lstm, x)
             else:
                 packed = lstm(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))[0]
                 states = pad_packed_sequence(packed, batch_first=True, total_length=x.shape[1])[0]
@@ -92,14 +97,32 @@ class MultiheadLstm(nn.Module):
         return mixed.view(-1, batch, tokens, mixed.shape[2]).permute(1, 2, 0, 3).flatten(2)
 
 
+@torch.no_grad()
+def spread_memories(lstm: nn.LSTM, tokens: int) -> None:
+    """Start the units of an LSTM with forget gates that remember for 1 to `tokens` tokens, evenly on a log scale.
+
+    That is the chrono initialisation (Tallec & Ollivier, arXiv 1804.11188) but for the scale. With PyTorch's, all
+    units have forgotten half of what they were told a token later, and attention sees further.
+    """
+    size = lstm.hidden_size
+    for name, bias in lstm.named_parameters():
+        if name.startswith("bias_ih"):
+            forget = torch.empty(size).uniform_(SHORTEST, max(math.log(tokens), SHORTEST))
+            bias[:size], bias[size : 2 * size] = -forget, forget
+        elif name.startswith("bias_hh"):
+            bias[: 2 * size] = 0
+
+
 def inherit_lstm(mixer: MultiheadLstm, view: AttentionView) -> None:
-    """Take over the teacher's output projection, as FAR does.
+    """Take over the teacher's output projection, as FAR does, and remember for as long as attention sees far.
 
     Not its values for W_pre: measured on four layers of the embedded teacher, that left the mixer worse after its
     readout was solved than a random start (NMSE .27 to .36 instead of .22 to .30 in the middle one).
     """
     mixer.post_proj.weight.copy_(view.out_weight)
     mixer.post_proj.bias.copy_(view.out_bias)
+    for lstm in cast(list[nn.LSTM], list(mixer.lstm)):
+        spread_memories(lstm, view.mean_attention.shape[-1])
 
 
 def direction_units(path: str, lstm: nn.LSTM) -> list[tuple[Share, ...]]:
@@ -179,11 +202,25 @@ def lstm2d_units(mixer: Lstm2d) -> dict[str, Units]:
     return {"units": Units(rows=rows, multiple=MULTIPLE)}
 
 
+def states_of(lstm: nn.LSTM, x: Tensor) -> Tensor:
+    """Return the hidden states of an LSTM over x (B, N, K): (B, N, directions * S)."""
+    backend: Any = torch.backends.mkldnn
+    before = backend.enabled
+    try:
+        if torch.compiler.is_exporting():
+            # It switches oneDNN off, and then goes through the tokens one by one, and through no other number of them.
+            backend.enabled = True
+        y: Tensor = lstm(x)[0]
+    finally:
+        if backend.enabled != before:
+            backend.enabled = before
+    return y
+
+
 def both_ways(lstm: nn.LSTM, x: Tensor) -> Tensor:
     """Run a bidirectional LSTM over x (B, N, K), in one kernel where there is one; returns (B, N, 2 S)."""
     if not usable("lstm", x):
-        y: Tensor = lstm(x)[0]
-        return y
+        return states_of(lstm, x)
 
     def stacked(name: str) -> Tensor:
         return torch.stack([getattr(lstm, f"{name}_l0{suffix}") for suffix in ("", "_reverse")])
@@ -199,7 +236,7 @@ MULTIHEAD_LSTM = MixerSpec(
     build=MultiheadLstm,
     summary="a bidirectional LSTM a head",
     widths=(0.25, 0.5, 1.0),
-    caps=Caps(any_length=True, causal=True, masks=True),
+    caps=Caps(any_length=True, causal=True, masks=True, exportable=True),
     inherit=inherit_lstm,
     readout="post_proj",
     units=lstm_units,
@@ -213,6 +250,7 @@ LSTM2D = MixerSpec(
     build=Lstm2d,
     summary="LSTMs along the rows and the columns of the grid, and the token itself",
     widths=(0.5, 1.0, 2.0),
+    caps=Caps(exportable=True),
     readout="readout",
     units=lstm2d_units,
     cost="N D^2, one row after the other",

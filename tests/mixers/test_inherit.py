@@ -179,6 +179,21 @@ def test_lstm_takes_the_output_projection() -> None:
     torch.testing.assert_close(mixer.post_proj.bias.data, view.out_bias)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_lstm_units_remember_from_one_token_to_all(causal: bool) -> None:
+    tokens = 200
+    view = attention_view(32, 2, tokens, causal=causal)
+    mixer = inherited("multihead_lstm", view, dim=32, heads=2, tokens=tokens, causal=causal)
+    for lstm in mixer.lstm:
+        for suffix in ("",) if causal else ("", "_reverse"):
+            told, own = (getattr(lstm, f"bias_{kind}_l0{suffix}").detach() for kind in ("ih", "hh"))
+            enter, forget = (told + own).split(lstm.hidden_size)[:2]
+            memory = 1 / (1 - torch.sigmoid(forget))  # tokens after which a third is left
+            assert memory.min() < 3
+            assert tokens / 4 < memory.max() <= tokens + 1
+            torch.testing.assert_close(enter, -forget)
+
+
 @pytest.mark.parametrize("spec", [s for s in SPECS.values() if s.inherit], ids=lambda spec: spec.name)
 def test_inheriting_works_at_every_width_and_trains(spec: MixerSpec) -> None:
     torch.manual_seed(0)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mixerzoo import MixerSpec, Site
+from mixerzoo.export.quiet import quietly
 from mixerzoo.testing import default_sites
 
 from . import SPECS
@@ -15,11 +16,6 @@ WHY = "needs the extra onnx"
 pytest.importorskip("onnx", reason=WHY)
 pytest.importorskip("onnxscript", reason=WHY)
 onnxruntime = pytest.importorskip("onnxruntime", reason=WHY)
-
-# torch.export's own, of torch's own; it names copyreg as its place, so that only the text tells it.
-pytestmark = pytest.mark.filterwarnings(
-    r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning"
-)
 
 # An export takes seconds, and those of unrolled loops many: one of each kind here, the others among the slow tests.
 FAST = {"static", "linear_attention", "global_filter", "pool", "mlp_slice"}
@@ -49,7 +45,8 @@ def test_computes_the_same_under_onnx_runtime(spec: MixerSpec) -> None:
             dynamic[1] = torch.export.Dim.DYNAMIC
             sizes = [(1, site.tokens), (5, site.tokens - 6), (3, 4 * site.tokens)]
         x = torch.randn(2, site.tokens, site.dim)
-        program = torch.onnx.export(mixer, (x,), dynamo=True, dynamic_shapes=(dynamic,), verbose=False)
+        with quietly():
+            program = torch.onnx.export(mixer, (x,), dynamo=True, dynamic_shapes=(dynamic,), verbose=False)
         assert program is not None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
