@@ -6,7 +6,7 @@ Accuracies are on test images. What is kept, and which steps are, is chosen on v
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill_figures import Section, Settings, table, verdict
@@ -70,14 +70,14 @@ class _Variant:
         """Measure the plans that the file does not have yet."""
         todo = [name for name in self.names if f"{self.variant}: {name}" not in self.section.rows]
         if todo:
-            self._prepare()
+            self._prepare(todo)
         for name in todo:
             self.section.rows[f"{self.variant}: {name}"] = self._measure(name)
             self.section.save()
         self._print()
 
-    def _prepare(self) -> None:
-        """Build the library, kept in the cache, and judge the teacher and the best candidates."""
+    def _prepare(self, names: Sequence[str]) -> None:
+        """Build what the plans need of the library, kept in the cache, and judge the teacher."""
         subject, settings = self.subject, self.settings
         splits, quick = subject.data.splits, settings.quick
         self.test = subject.judge(splits.test[: QUICK_IMAGES if quick else TEST_IMAGES])
@@ -85,12 +85,20 @@ class _Variant:
         source = Source.of(subject.teacher, subject.data, subject.indices)
         library = Library(settings.cache / "distill-library")
         self.shelf = CandidateLibrary(library, subject.teacher, source, steps=0, seed=settings.seed)
-        candidates = [widest(name) for name in self.mixers]
+        chosen = {BEST, KEPT_BEST} & set(names)  # from all mixers
+        candidates = [widest(name) for name in (self.mixers if chosen else names)]
         todo = [(site.name, candidate) for site in subject.attention for candidate in candidates]
         if any(self.shelf.find(*pair, stepped=False) is None for pair in todo):
             captured = subject.capture(subject.attention)
             for site, candidate in todo:
                 self.shelf.make(site, candidate, captured, stepped=False)
+        row = self.section.rows.setdefault(f"{self.variant}: teacher", {})
+        row["accuracy"] = self.test.teacher_evaluation().accuracy
+        if chosen:
+            row |= self._choose(candidates)
+
+    def _choose(self, candidates: Sequence[Candidate]) -> dict[str, Any]:
+        """Find the best candidate of each layer, and the layers to keep; return what goes into the file."""
         # By the loss of the teacher with that one site replaced, as a search scores them: a site's own error does not
         # tell which directions matter to what comes behind it.
         scores = {
@@ -99,13 +107,12 @@ class _Variant:
                 for c in candidates
                 if self.shelf.best(site.name, c) is not None
             }
-            for site in subject.attention
+            for site in self.subject.attention
         }
         self.best = {site: min(row, key=row.__getitem__) for site, row in scores.items()}
         lowest = {site: min(row.values()) for site, row in scores.items()}
         self.kept = sorted(lowest, key=lowest.__getitem__)[-KEPT:]
-        self.section.rows[f"{self.variant}: teacher"] = {
-            "accuracy": self.test.teacher_evaluation().accuracy,
+        return {
             "best": {site: str(candidate) for site, candidate in self.best.items()},
             "scores": {site: round(score, 5) for site, score in lowest.items()},
         }
