@@ -8,28 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import click
-import distill_kill
-import distill_library
-import distill_memory
-import distill_nmse
-import distill_plain
-import distill_refit
 from common import json_option, quick_option
-from distill_figures import Section, Settings
-from distill_subjects import TEACHERS, open_subject
+from distill_parts import kill, library, memory, nmse, plain, refit
 from rich.console import Console
+from sections import Section, Settings
+from subjects import TEACHERS, open_subject
 
 from mixerzoo.errors import MixerzooError
 from mixerzoo.latency import default_threads, threads
 from mixerzoo.registry import get_registry
 
 PARTS = {
-    "library": distill_library.run,
-    "plain": distill_plain.run,
-    "nmse": distill_nmse.run,
-    "refit": distill_refit.run,
-    "memory": distill_memory.run,
-    "kill": distill_kill.run,
+    "library": library.run,
+    "plain": plain.run,
+    "nmse": nmse.run,
+    "refit": refit.run,
+    "memory": memory.run,
+    "kill": kill.run,
 }
 # What the figures of a part depend on, beside the teacher, threads, seed and --quick.
 DEPENDS = {
@@ -64,7 +59,7 @@ def _chosen(text: str, known: tuple[str, ...], flag: str) -> tuple[str, ...]:
 @click.option("--mixers", "names", default="", help="Of the library.  [default: 8 of them]")
 @click.option("--steps", default=300, show_default=True, help="nmse: gradient steps a candidate.")
 @click.option("--minutes", default=5.0, show_default=True, help="refit: of gradient steps a plan.")
-@click.option("--plans", default="", help=f"refit: some of {', '.join(distill_refit.PLANS)}.  [default: all]")
+@click.option("--plans", default="", help=f"refit: some of {', '.join(refit.PLANS)}.  [default: all]")
 @click.option("--variants", default=",".join(VARIANTS), show_default=True, help="refit: of the digits.")
 @click.option(
     "--live-every",
@@ -99,7 +94,7 @@ def main(
 ) -> None:
     """Run the benchmark; what the JSON holds already, with the same settings, is kept, and `plain` and others go on."""
     chosen = _chosen(parts, tuple(PARTS), "--parts")
-    default = distill_library.QUICK_MIXERS if quick else distill_library.MIXERS
+    default = library.QUICK_MIXERS if quick else library.MIXERS
     mixers = tuple(names.split(",")) if names else default
     try:
         for name in mixers:
@@ -116,7 +111,7 @@ def main(
         mixers=mixers,
         steps=steps,
         minutes=minutes,
-        plans=_chosen(plans, distill_refit.PLANS, "--plans") if plans else (),
+        plans=_chosen(plans, refit.PLANS, "--plans") if plans else (),
         variants=_chosen(variants, VARIANTS, "--variants") if teacher == "dinov2" else VARIANTS[:1],
         live_every=live_every,
         threads=count,

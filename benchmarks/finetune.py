@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 from common import json_option, quick_option, write
-from distill_subjects import TEACHERS, Subject, open_subject
+from subjects import TEACHERS, Subject, open_subject
 from torch import nn
 
 from mixerzoo.checkpoint import remove_checkpoint

@@ -13,8 +13,8 @@ from typing import Any
 import click
 import numpy as np
 from common import json_option, quick_option
-from distill_figures import Section, table
 from rich.console import Console
+from sections import Section, table
 
 import mixerzoo
 from mixerzoo.errors import BudgetOutOfReachError, MixerzooError

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-import mixer_growth
 import torch
 from common import json_option, quick_option, write
-from mixer_peers import Agreement, Missing, Peer, agreement, all_peers
-from mixer_picture import draw
-from mixer_subjects import (
+from mixer_parts import growth
+from mixer_parts.peers import Agreement, Missing, Peer, agreement, all_peers
+from mixer_parts.picture import draw
+from mixer_parts.subjects import (
     Shape,
     Skipped,
     build,
@@ -277,9 +277,9 @@ def main(
                 console.print(peer_table(figures["peers"]), *lines, sep="\n", highlight=False)
         if "growth" in parts:
             at_attention = [spec for spec in specs if kind_of(spec) == "attention"]
-            figures["growth"] = mixer_growth.grow(at_attention, quick, rounds)
+            figures["growth"] = growth.grow(at_attention, quick, rounds)
             for figure in ("ms", "peak_bytes"):
-                console.print(mixer_growth.table(figures["growth"], figure))
+                console.print(growth.table(figures["growth"], figure))
             if picture is not None:
                 draw(figures["growth"], picture)
     differing = [row for row in figures.get("peers", ()) if row.get("agrees") is False]

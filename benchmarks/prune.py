@@ -17,7 +17,7 @@ from typing import Any
 import click
 import torch
 from common import json_option, quick_option, write
-from distill_subjects import TEACHERS, Subject, open_subject
+from subjects import TEACHERS, Subject, open_subject
 from torch import nn
 
 from mixerzoo.errors import MixerzooError

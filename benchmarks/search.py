@@ -8,11 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
-import search_solver
-import search_table
 from common import json_option, quick_option
-from distill_figures import Section
 from rich.console import Console
+from search_parts import regret, solver
+from sections import Section
 
 from mixerzoo.latency import threads
 
@@ -42,7 +41,7 @@ def _shares(text: str) -> tuple[float, ...]:
 @click.option("--methods", default="", help="table: some of the methods.  [default: all]")
 @click.option(
     "--budgets",
-    default=",".join(map(str, search_table.BUDGETS)),
+    default=",".join(map(str, regret.BUDGETS)),
     show_default=True,
     help="table: shares of the way from the fastest plan to the teacher.",
 )
@@ -70,7 +69,7 @@ def main(
 ) -> None:
     """Run the benchmark; what the JSON holds already, with the same settings, is kept. Exit code 1: a bar is missed."""
     chosen = _chosen(parts, PARTS, "--parts")
-    names = _chosen(methods, search_table.METHODS, "--methods") if methods else search_table.METHODS
+    names = _chosen(methods, regret.METHODS, "--methods") if methods else regret.METHODS
     shares = _shares(budgets)
     runs = seeds or (QUICK_SEEDS if quick else SEEDS)
     console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
@@ -78,21 +77,19 @@ def main(
     def section(part: str, **settings: object) -> Section:
         return Section(json_path, "digits_vit", part, {**settings, "quick": quick}, 1, again=again)
 
-    def table() -> bool:
+    def run_table() -> bool:
         found = section("table", seeds=runs)
-        met = search_table.measure(
-            found, console, seeds=runs, processes=processes, methods=names, budgets=shares
-        )
+        met = regret.measure(found, console, seeds=runs, processes=processes, methods=names, budgets=shares)
         if picture:
-            search_table.draw(found.rows, picture, runs, shares)
+            regret.draw(found.rows, picture, runs, shares)
         return met
 
-    def hypervolume() -> bool:
-        import search_hypervolume
+    def run_hypervolume() -> bool:
+        from search_parts import hypervolume
 
         evaluations = QUICK_VOLUME_EVALUATIONS if quick else VOLUME_EVALUATIONS
         found = section("hypervolume", evaluations=evaluations)
-        return search_hypervolume.measure(
+        return hypervolume.measure(
             found,
             console,
             cache=cache,
@@ -100,10 +97,14 @@ def main(
             seeds=QUICK_VOLUME_SEEDS if quick else VOLUME_SEEDS,
         )
 
-    def solver() -> bool:
-        return search_solver.measure(section("solver"), console, seed=0)
+    def run_solver() -> bool:
+        return solver.measure(section("solver"), console, seed=0)
 
-    run: dict[str, Callable[[], bool]] = {"table": table, "hypervolume": hypervolume, "solver": solver}
+    run: dict[str, Callable[[], bool]] = {
+        "table": run_table,
+        "hypervolume": run_hypervolume,
+        "solver": run_solver,
+    }
     met = True
     with threads(1):
         for part in chosen:

@@ -16,11 +16,9 @@ from click.testing import CliRunner
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import distill  # noqa: E402
-import distill_figures  # noqa: E402
-import distill_kill  # noqa: E402
-import distill_memory  # noqa: E402
-import distill_plain  # noqa: E402
-import distill_subjects  # noqa: E402
+import sections  # noqa: E402
+import subjects  # noqa: E402
+from distill_parts import kill, memory, plain  # noqa: E402
 
 sys.path.remove(str(BENCHMARKS))
 
@@ -30,9 +28,7 @@ from mixerzoo.data import open_npz  # noqa: E402
 @pytest.fixture
 def subject(tmp_path):
     data = open_npz(str(tiny_search.write_npz(tmp_path / "pictures.npz")))
-    return distill_subjects.Subject(
-        teacher=tiny.tiny_teacher(), data=data, indices=data.splits.calibration[:40]
-    )
+    return subjects.Subject(teacher=tiny.tiny_teacher(), data=data, indices=data.splits.calibration[:40])
 
 
 @pytest.fixture
@@ -63,7 +59,7 @@ def test_library_is_timed_in_teacher_passes(start):
 
 
 def test_plain_way_is_trained_live_and_goes_on(start, monkeypatch):
-    monkeypatch.setattr(distill_plain, "QUICK_STEPS", 6)
+    monkeypatch.setattr(plain, "QUICK_STEPS", 6)
     result, figures = start("--parts", "plain", "--mixers", "static,pool")
     assert result.exit_code == 0, result.output
     rows = figures["plain"]["rows"]
@@ -73,21 +69,21 @@ def test_plain_way_is_trained_live_and_goes_on(start, monkeypatch):
         assert 0 < row["nmse"] < row["plain"]["nmse"]
         assert not row["plain"]["reached"]
     # Nothing is measured twice.
-    monkeypatch.setattr(distill_plain, "_compare", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(plain, "_compare", lambda *_: pytest.fail("measured again"))
     result, again = start("--parts", "plain", "--mixers", "static,pool")
     assert result.exit_code == 0, result.output
     assert again["plain"]["rows"] == rows
 
 
 def test_plain_way_stops_where_it_is_as_good(subject):
-    settings = distill_figures.Settings(
+    settings = sections.Settings(
         teacher="tiny", cache=Path(), data=None, images=40, mixers=("static",), steps=1, minutes=0.0, plans=(),
         variants=(), live_every=1, threads=1, seed=0, quick=True,
     )  # fmt: skip
     site = subject.attention[0]
     captured = subject.capture((site,)).sites[site.name]
-    candidate = distill_subjects.widest("static")
-    found = distill_plain.train_plainly(subject, site, candidate, captured, 1e9, settings)
+    candidate = subjects.widest("static")
+    found = plain.train_plainly(subject, site, candidate, captured, 1e9, settings)
     assert found["steps"] == 0
     assert found["reached"]
 
@@ -95,7 +91,7 @@ def test_plain_way_stops_where_it_is_as_good(subject):
 def test_live_site_sees_what_was_captured(subject):
     site = subject.attention[1]
     captured = subject.capture((site,)).sites[site.name]
-    with distill_plain.LiveSite(subject.teacher.model, site) as live:
+    with plain.LiveSite(subject.teacher.model, site) as live:
         x, y = live.pairs(torch.cat(subject.batches)[:5])
     torch.testing.assert_close(x, captured.x[:5].float(), rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(y, captured.y[:5].float(), rtol=1e-2, atol=1e-2)
@@ -151,7 +147,7 @@ def test_bad_input_is_named(start, arguments, word):
 
 
 def test_scattered_digits_are_the_same_each_time_and_unlike_each_other(subject):
-    scattered = distill_subjects.scatter(subject.data)
+    scattered = subjects.scatter(subject.data)
     first, again, other = (np.asarray(scattered.image(index)) for index in (3, 3, 4))
     assert first.shape == (112, 112, 3)
     assert np.array_equal(first, again)
@@ -163,12 +159,12 @@ def test_scattered_digits_are_the_same_each_time_and_unlike_each_other(subject):
 def test_sampler_sees_memory_that_is_gone_again():
     if not Path("/proc/self/status").exists():
         pytest.skip("the part `memory` needs Linux")
-    before = distill_memory.status_mib("RssAnon")
-    with distill_memory.Sampler() as sampler:
+    before = memory.status_mib("RssAnon")
+    with memory.Sampler() as sampler:
         # Fresh pages of its own: what was freed before may be there still.
         block = mmap.mmap(-1, 64 * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         block.write(b"1" * len(block))
-        time.sleep(20 * distill_memory.SAMPLE_S)
+        time.sleep(20 * memory.SAMPLE_S)
         block.close()
     assert sampler.highest >= before + 32
 
@@ -181,7 +177,7 @@ def test_killed_builds_and_memory(tmp_path):
     assert result.exit_code == 0, result.output
     figures = json.loads(file.read_text())["digits_vit"]
     killed = figures["kill"]["rows"]["kill"]
-    assert killed["kills"] == distill_kill.QUICK_KILLS
+    assert killed["kills"] == kill.QUICK_KILLS
     assert killed["built_twice"] == killed["lost"] == 0
     weights = figures["kill"]["rows"]["flip"]["weights"]
     assert weights["rebuilt"] == weights["flips"]

@@ -10,11 +10,10 @@ import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-import mixer_growth  # noqa: E402
-import mixer_picture  # noqa: E402
-from mixer_peers import Missing, Peer, agreement, all_peers  # noqa: E402
-from mixer_peers.peer import Around  # noqa: E402
-from mixer_subjects import Shape, Skipped, build  # noqa: E402
+from mixer_parts import growth, picture  # noqa: E402
+from mixer_parts.peers import Missing, Peer, agreement, all_peers  # noqa: E402
+from mixer_parts.peers.peer import Around  # noqa: E402
+from mixer_parts.subjects import Shape, Skipped, build  # noqa: E402
 
 # Under another name: tests/mixers is called `mixers` too.
 _spec = importlib.util.spec_from_file_location("benchmark_of_mixers", BENCHMARKS / "mixers.py")
@@ -100,7 +99,7 @@ def test_exit_code_and_json_say_whether_peers_agree(factor, tmp_path, monkeypatc
 
 def test_what_is_too_big_or_refused_is_skipped_with_the_reason():
     with pytest.raises(Skipped, match="too many weights"):
-        build(spec("static"), mixer_growth.shape_of(128))
+        build(spec("static"), growth.shape_of(128))
     with pytest.raises(Skipped, match="cannot be split over 5 heads"):
         build(spec("static"), Shape(batch=1, tokens=4, dim=32, heads=5))
 
@@ -113,30 +112,30 @@ def test_peak_memory_counts_what_lives_at_once():
             (x + 1).sum()
 
     for run, expected in ((lambda: [x + 1, x + 2], 8000), (one_after_the_other, 4000)):
-        assert expected <= mixer_growth.peak_bytes(run) < expected + 100  # scalars take a few bytes
+        assert expected <= growth.peak_bytes(run) < expected + 100  # scalars take a few bytes
 
 
 def test_linear_costs_are_told_from_others():
     linear = ("N D^2", "N D^2 + N D K", "N D log N", "0", "N D^2 + min(N^2 D, N log N D F)")
-    assert all(map(mixer_growth.is_linear, linear))
+    assert all(map(growth.is_linear, linear))
     steeper = ("N D^2 + N^2 D", "N^2 D^2 / 128", "N^1.5 D", "N sqrt(N) D", "")
-    assert not any(map(mixer_growth.is_linear, steeper))
-    assert mixer_growth.slope({1024: 1.0, 4096: 4.0}, 1024, 4096) == pytest.approx(1)
-    assert mixer_growth.slope({1024: 1.0}, 1024, 4096) is None
+    assert not any(map(growth.is_linear, steeper))
+    assert growth.slope({1024: 1.0, 4096: 4.0}, 1024, 4096) == pytest.approx(1)
+    assert growth.slope({1024: 1.0}, 1024, 4096) is None
 
 
 def test_growth_and_its_picture(tmp_path):
-    rows = mixer_growth.grow([spec("pool"), spec("static")], quick=True, rounds=1)
+    rows = growth.grow([spec("pool"), spec("static")], quick=True, rounds=1)
     assert [row["mixer"] for row in rows] == ["attention", "pool", "static"]
     assert all(len(row["ms"]) == 3 and not row["skipped"] for row in rows)
     del rows[2]["ms"][256]  # a line that ends early
     path = tmp_path / "zoo.png"
-    mixer_picture.draw(rows, path)
+    picture.draw(rows, path)
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_labels_are_moved_apart():
-    heights = mixer_picture.spread([0.5, 0.5, 0.98, 0.97], 0.1)
+    heights = picture.spread([0.5, 0.5, 0.98, 0.97], 0.1)
     assert heights[2] - heights[3] == pytest.approx(0.1)
     assert heights[1] - heights[0] == pytest.approx(0.1)
     assert max(heights) <= 0.971

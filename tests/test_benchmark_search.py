@@ -10,10 +10,8 @@ from click.testing import CliRunner
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-import search_samplers  # noqa: E402
-import search_solver  # noqa: E402
-import search_table  # noqa: E402
 import table as tabular  # noqa: E402
+from search_parts import regret, samplers, solver  # noqa: E402
 
 import search  # noqa: E402
 
@@ -58,8 +56,8 @@ def test_what_a_search_knows_is_what_the_table_says(table):
 
 def test_there_is_something_to_learn_in_it(table):
     """The exact plan of the additive model is not the best one everywhere, and the front has many plans."""
-    budgets = [search_table.budget_of(table, share) for share in np.linspace(0.1, 0.9, 17)]
-    exact = [search_samplers.exact_plans(table.model(), [budget])[0] for budget in budgets]
+    budgets = [regret.budget_of(table, share) for share in np.linspace(0.1, 0.9, 17)]
+    exact = [samplers.exact_plans(table.model(), [budget])[0] for budget in budgets]
     missed = [
         table.ms[table.at(plan)] > budget or table.loss[table.at(plan)] > table.best(budget)
         for plan, budget in zip(exact, budgets, strict=True)
@@ -100,13 +98,13 @@ def test_regret_is_measured_and_goes_on(tmp_path, monkeypatch):
         assert row["64"] <= row["8"]
         assert row["64"] <= (regrets["exact"][share]["64"] or np.inf)
     assert picture.stat().st_size > 1000
-    monkeypatch.setattr(search_table, "trajectory", lambda *_: pytest.fail("run again"))
+    monkeypatch.setattr(regret, "trajectory", lambda *_: pytest.fail("run again"))
     assert CliRunner().invoke(search.main, command).exit_code == 0
 
 
 def test_the_bars_can_be_missed(monkeypatch, tmp_path):
     worst = [1.0] * 64
-    monkeypatch.setattr(search_table, "trajectory", lambda method, share, seed: worst)
+    monkeypatch.setattr(regret, "trajectory", lambda method, share, seed: worst)
     result = CliRunner().invoke(
         search.main, ["--parts", "table", "--seeds", "1", "--processes", "1", "--methods", "mixerzoo,random"]
     )
@@ -116,12 +114,12 @@ def test_the_bars_can_be_missed(monkeypatch, tmp_path):
 
 def test_the_solver_is_timed_and_checked(monkeypatch, tmp_path):
     for name, value in {"SITES": 6, "CANDIDATES": 5, "BUDGETS": 8}.items():
-        monkeypatch.setattr(search_solver, name, value)
+        monkeypatch.setattr(solver, name, value)
     file = tmp_path / "search.json"
     result = CliRunner().invoke(search.main, ["--parts", "solver", "--json", str(file)])
     assert result.exit_code == 0, result.output
     rows = json.loads(file.read_text())["digits_vit"]["solver"]["rows"]
-    assert set(rows) == set(search_solver.SPACES)
+    assert set(rows) == set(solver.SPACES)
     assert all(row["proven"] == 8 for row in rows.values())
 
 

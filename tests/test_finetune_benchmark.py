@@ -11,8 +11,8 @@ from click.testing import CliRunner
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-import distill_subjects  # noqa: E402
 import finetune  # noqa: E402
+import subjects  # noqa: E402
 
 sys.path.remove(str(BENCHMARKS))
 
@@ -23,9 +23,7 @@ from mixerzoo.data import open_npz  # noqa: E402
 def start(monkeypatch, tmp_path):
     """Run the script on the tiny teacher; returns its result and what is in the JSON."""
     data = open_npz(str(tiny_search.write_npz(tmp_path / "pictures.npz")))
-    subject = distill_subjects.Subject(
-        teacher=tiny.tiny_teacher(), data=data, indices=data.splits.calibration[:40]
-    )
+    subject = subjects.Subject(teacher=tiny.tiny_teacher(), data=data, indices=data.splits.calibration[:40])
     monkeypatch.setattr(finetune, "open_subject", lambda *_, **__: subject)
 
     def run(*words):

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from distill_figures import table
 from rich.console import Console
+from sections import table
 
 from mixerzoo import locks
 from mixerzoo.files import read_json, write_json

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from search_space import CpuStopwatch, Losses, Space
+from search_parts.space import CpuStopwatch, Losses, Space
 
 from mixerzoo.files import read_json, write_bytes, write_json
 from mixerzoo.latency import (

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from distill_figures import Section, Settings, table, verdict
-from distill_subjects import Subject, spread_sites
 from rich.console import Console
+from sections import Section, Settings, table, verdict
+from subjects import Subject, spread_sites
 
 from mixerzoo.capture import SiteCapture
 from mixerzoo.distill import Recipe, distill

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from distill_figures import Section, Settings, table, verdict
-from distill_subjects import Subject, widest
 from rich.console import Console
+from sections import Section, Settings, table, verdict
+from subjects import Subject, widest
 
 from mixerzoo.library import Library, Source
 from mixerzoo.plan import Candidate

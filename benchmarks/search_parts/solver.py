@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-from distill_figures import Section, verdict
-from distill_figures import table as print_table
 from rich.console import Console
+from sections import Section, verdict
+from sections import table as print_table
 
 from mixerzoo.plan import KEEP_CANDIDATE, Candidate
 from mixerzoo_search import exact

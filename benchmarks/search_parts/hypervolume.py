@@ -15,12 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from distill_figures import Section
-from distill_figures import table as print_table
 from rich.console import Console
-from search_samplers import OTHERS_OF_TWO as OTHERS
-from search_samplers import exact_plans, ours, run
-from search_space import CpuStopwatch, Space
+from sections import Section
+from sections import table as print_table
 
 from mixerzoo.files import read_json, write_json
 from mixerzoo.latency import Conditions, measure_table
@@ -29,6 +26,9 @@ from mixerzoo.plan import KEEP, Candidate, Plan
 from mixerzoo_search.additive import AdditiveModel
 from mixerzoo_search.pareto import hypervolume
 from mixerzoo_search.summary import constant_loss
+from search_parts.samplers import OTHERS_OF_TWO as OTHERS
+from search_parts.samplers import exact_plans, ours, run
+from search_parts.space import CpuStopwatch, Space
 
 ATTENTION = (
     KEEP, "none@1", "linear@1", "pool@1", "static@0.25", "static@1", "linear_attention@0.5", "linear_attention@1",

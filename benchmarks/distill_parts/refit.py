@@ -9,9 +9,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distill_figures import Section, Settings, table, verdict
-from distill_subjects import Subject, open_subject, widest
 from rich.console import Console
+from sections import Section, Settings, table, verdict
+from subjects import Subject, open_subject, widest
 from torch import nn
 
 from mixerzoo.finetune import finetune

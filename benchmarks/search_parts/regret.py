@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from distill_figures import Section, verdict
-from distill_figures import table as print_table
 from rich.console import Console
-from search_samplers import OTHERS, exact_plans, ours, run
+from sections import Section, verdict
+from sections import table as print_table
 from table import PRIORS, Table, load_table
+
+from search_parts.samplers import OTHERS, exact_plans, ours, run
 
 EVALUATIONS = (8, 16, 32, 64)
 FOUND_WITHIN = 32

@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from mixer_subjects import Skipped
 from torch import Tensor, nn
 
-from mixer_peers.peer import Peer
+from mixer_parts.peers.peer import Peer
+from mixer_parts.subjects import Skipped
 from mixerzoo.compat import guard_torchvision
 
 

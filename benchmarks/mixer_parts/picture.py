@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixer_growth import DIM, HEADS
+from mixer_parts.growth import DIM, HEADS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +20,7 @@ GAP = 0.085  # between labels, as a share of the panel's height
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw `rows` of mixer_growth.grow, of which the first is exact attention."""
+    """Draw `rows` of growth.grow, of which the first is exact attention."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixer_peers.peer import Missing, Peer
+from mixer_parts.peers.peer import Missing, Peer
 
 SHORT = 300
 

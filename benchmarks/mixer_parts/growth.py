@@ -7,11 +7,11 @@ import os
 import re
 from typing import Any
 
-from mixer_subjects import Shape, Skipped, build, fitting_rounds, prepare, reference_for
 from rich.progress import track
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
+from mixer_parts.subjects import Shape, Skipped, build, fitting_rounds, prepare, reference_for
 from mixerzoo.latency import REFERENCE, Run, measure
 from mixerzoo.spec import MixerSpec
 

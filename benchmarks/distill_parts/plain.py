@@ -13,9 +13,9 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from distill_figures import Section, Settings, table, verdict
-from distill_subjects import Subject, median, spread_sites, widest
 from rich.console import Console
+from sections import Section, Settings, table, verdict
+from subjects import Subject, median, spread_sites, widest
 from torch import nn
 
 from mixerzoo.capture import SiteCapture

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from mixer_subjects import Shape
 from torch import Tensor, nn
+
+from mixer_parts.subjects import Shape
 
 VALUES = 1e-4  # greatest difference, over the greatest value
 GRADIENTS = 1e-3

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixer_peers.peer import Around, Peer
+from mixer_parts.peers.peer import Around, Peer
 
 REACH = 32  # of `window`
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixer_peers.of_mambapy import SHORT
-from mixer_peers.peer import Around, Missing, Peer
+from mixer_parts.peers.of_mambapy import SHORT
+from mixer_parts.peers.peer import Around, Missing, Peer
 
 CHUNK = 64
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mixer_peers import of_fla, of_mambapy, of_timm, of_torch, of_transformers
-from mixer_peers.peer import Agreement, Missing, Peer, agreement
+from mixer_parts.peers import of_fla, of_mambapy, of_timm, of_torch, of_transformers
+from mixer_parts.peers.peer import Agreement, Missing, Peer, agreement
 
 __all__ = ["Agreement", "Missing", "Peer", "agreement", "all_peers"]
 

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill_figures import Section, Settings, table
-from distill_subjects import Subject, open_subject, widest
+sys.path.insert(0, str(Path(__file__).parent.parent))  # as a script
+
 from rich.console import Console
+from sections import Section, Settings, table
+from subjects import Subject, open_subject, widest
 
 KILLS, QUICK_KILLS = 20, 2
 FLIPS, QUICK_FLIPS = 4, 1  # of weights, and of entries

@@ -16,9 +16,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from distill_figures import Section, Settings, table, verdict
-from distill_subjects import Subject, open_subject, widest
+sys.path.insert(0, str(Path(__file__).parent.parent))  # as a script
+
 from rich.console import Console
+from sections import Section, Settings, table, verdict
+from subjects import Subject, open_subject, widest
 
 IMAGES = {"dinov2": (1000, 4000), "digits_vit": (280, 1120)}
 QUICK_IMAGES = (80, 320)

@@ -1,0 +1,1 @@
+"""The parts of `search.py`, and what samplers are compared on."""
