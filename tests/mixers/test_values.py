@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mixerzoo import MixerSpec, MixerzooError, Site
+from mixerzoo.export.quiet import quietly
 from mixerzoo_mixers import ssm
 from mixerzoo_mixers.naive import REFERENCES
 
@@ -217,7 +218,8 @@ def test_exports(spec: MixerSpec) -> None:
         dynamic: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=64)}
         if spec.caps.any_length:
             dynamic[1] = torch.export.Dim("tokens", min=2, max=512)
-        program = torch.export.export(mixer, (torch.randn(2, 20, 12),), dynamic_shapes=(dynamic,))
+        with quietly(), torch.no_grad():
+            program = torch.export.export(mixer, (torch.randn(2, 20, 12),), dynamic_shapes=(dynamic,))
         for shape in ((1, 20), (5, 20), (3, 77), (1, 2)):
             if shape[1] == 20 or spec.caps.any_length:
                 x = torch.randn(*shape, 12)
