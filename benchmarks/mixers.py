@@ -13,7 +13,7 @@ from common import json_option, quick_option, write
 from mixer_parts import growth
 from mixer_parts.peers import Agreement, Missing, Peer, agreement, all_peers
 from mixer_parts.picture import draw
-from mixer_parts.subjects import (
+from mixer_parts.shapes import (
     Shape,
     Skipped,
     build,

@@ -13,7 +13,7 @@ sys.path.insert(0, str(BENCHMARKS))
 from mixer_parts import growth, picture  # noqa: E402
 from mixer_parts.peers import Missing, Peer, agreement, all_peers  # noqa: E402
 from mixer_parts.peers.peer import Around  # noqa: E402
-from mixer_parts.subjects import Shape, Skipped, build  # noqa: E402
+from mixer_parts.shapes import Shape, Skipped, build  # noqa: E402
 
 # Under another name: tests/mixers is called `mixers` too.
 _spec = importlib.util.spec_from_file_location("benchmark_of_mixers", BENCHMARKS / "mixers.py")

@@ -11,7 +11,7 @@ from rich.progress import track
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from mixer_parts.subjects import Shape, Skipped, build, fitting_rounds, prepare, reference_for
+from mixer_parts.shapes import Shape, Skipped, build, fitting_rounds, prepare, reference_for
 from mixerzoo.latency import REFERENCE, Run, measure
 from mixerzoo.spec import MixerSpec
 

@@ -97,17 +97,16 @@ class MultiheadLstm(nn.Module):
         return mixed.view(-1, batch, tokens, mixed.shape[2]).permute(1, 2, 0, 3).flatten(2)
 
 
-@torch.no_grad()
 def spread_memories(lstm: nn.LSTM, tokens: int) -> None:
     """Start the units of an LSTM with forget gates that remember for 1 to `tokens` tokens, evenly on a log scale.
 
     That is the chrono initialisation (Tallec & Ollivier, arXiv 1804.11188) but for the scale. With PyTorch's, all
     units have forgotten half of what they were told a token later, and attention sees further.
     """
-    size = lstm.hidden_size
+    size, longest = lstm.hidden_size, math.log(tokens)
     for name, bias in lstm.named_parameters():
         if name.startswith("bias_ih"):
-            forget = torch.empty(size).uniform_(SHORTEST, max(math.log(tokens), SHORTEST))
+            forget = torch.empty(size).uniform_(SHORTEST, longest)
             bias[:size], bias[size : 2 * size] = -forget, forget
         elif name.startswith("bias_hh"):
             bias[: 2 * size] = 0
@@ -204,16 +203,16 @@ def lstm2d_units(mixer: Lstm2d) -> dict[str, Units]:
 
 def states_of(lstm: nn.LSTM, x: Tensor) -> Tensor:
     """Return the hidden states of an LSTM over x (B, N, K): (B, N, directions * S)."""
-    backend: Any = torch.backends.mkldnn
-    before = backend.enabled
-    try:
-        if torch.compiler.is_exporting():
-            # It switches oneDNN off, and then goes through the tokens one by one, and through no other number of them.
-            backend.enabled = True
+    if not torch.compiler.is_exporting():
         y: Tensor = lstm(x)[0]
+        return y
+    # torch.export switches oneDNN off. PyTorch then goes through the tokens one by one, and through no other number.
+    backend: Any = torch.backends.mkldnn
+    before, backend.enabled = backend.enabled, True
+    try:
+        y = lstm(x)[0]
     finally:
-        if backend.enabled != before:
-            backend.enabled = before
+        backend.enabled = before
     return y
 
 

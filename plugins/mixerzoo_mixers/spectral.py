@@ -204,18 +204,14 @@ class FNet(nn.Module):
         if mask is not None:
             v, kept, places = compact(v, mask)
             mixed = expand(fourier_of_each(v, kept.sum(dim=1)), places)
-        elif _exporting():
+        elif (
+            torch.compiler.is_exporting()
+        ):  # ONNX Runtime takes ten times as long for an FFT as for the products
             mixed = fourier(v, self.dft["channels"])
         else:
             mixed = torch.fft.fft2(v, dim=(1, 2), norm="ortho").real
         y: Tensor = self.readout(torch.cat((mixed.to(x.dtype), x), dim=-1))
         return y
-
-
-def _exporting() -> bool:
-    # FFTs can be exported, but ONNX Runtime takes ten times as long for one as for the matrix products.
-    # torch 2.6 cannot tell exporting from compiling.
-    return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())
 
 
 def inherit_fnet(mixer: FNet, view: AttentionView) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mixer_parts.peers.peer import Peer
-from mixer_parts.subjects import Skipped
+from mixer_parts.shapes import Skipped
 from mixerzoo.compat import guard_torchvision
 
 

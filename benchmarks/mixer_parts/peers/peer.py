@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixer_parts.subjects import Shape
+from mixer_parts.shapes import Shape
 
 VALUES = 1e-4  # greatest difference, over the greatest value
 GRADIENTS = 1e-3
