@@ -18,6 +18,7 @@ from mixerzoo.latency import Rounds, Stopwatch, Timing
 from mixerzoo.pruning_targets import ATTEMPTS, CLOSE, CONFIRM, TRIES
 from mixerzoo.score import Evaluation, Judge, judge
 from mixerzoo_search.evaluate import FINAL
+from mixerzoo_search.finetuning.images import PreparedImages
 
 FEW = 64  # validation images, where many students are to be judged
 MEMORY_GIB = 1.0  # of the teacher's activations; more of them are kept in files
@@ -84,7 +85,7 @@ class Ground:
     Attributes:
         teacher: the teacher.
         data: its data.
-        indices: of the calibration images: closed forms, importances and fine-tuning see these.
+        indices: of the calibration images that closed forms and importances see; fine-tuning sees all of them.
         validation: everything is chosen on these images.
         test: nothing is chosen on these.
         meter: measures shares of the teacher's latency.
@@ -116,6 +117,11 @@ class Ground:
     def batches(self) -> list[torch.Tensor]:
         """The calibration images, prepared."""
         return list(image_batches(self.data, self.indices, self.teacher.image))
+
+    @cached_property
+    def training_images(self) -> PreparedImages:
+        """All images that there are to distil on: a search's fine-tuning sees them, and so does everybody's."""
+        return PreparedImages(self.data, self.data.splits.calibration, self.teacher.image)
 
     @cached_property
     def captured(self) -> Capture:

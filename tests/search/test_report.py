@@ -96,6 +96,13 @@ def test_a_report_says_first_what_matters(report: Make, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.png"]
 
 
+def test_fonts_that_are_not_installed_are_not_asked_for(
+    report: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_report(tmp_path, report(blocks=2, evaluations=6))
+    assert not [record for record in caplog.records if record.name.startswith("matplotlib")]
+
+
 def test_a_report_opens_without_a_network(report: Make, tmp_path: Path) -> None:
     write_report(tmp_path, report(blocks=2, evaluations=6))
     text = (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from matplotlib import rc_context
+from matplotlib import font_manager, rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -41,9 +41,10 @@ from mixerzoo_search.report.prior_picture import draw_prior, prior_height
 
 DPI = 200
 LISTED = 6  # plans under the frontier
+FAMILIES = ["Inter", "Helvetica Neue", "Segoe UI", "Liberation Sans", "DejaVu Sans"]
 PICTURE_STYLE = {
     "font.family": "sans-serif",
-    "font.sans-serif": ["Inter", "Helvetica Neue", "Segoe UI", "Liberation Sans", "DejaVu Sans"],
+    "font.sans-serif": FAMILIES,
     "font.size": 10,
     "text.color": INK,
     "axes.edgecolor": SOFT,
@@ -226,12 +227,14 @@ def _strip(axes: Any, report: Report, rows: Sequence[EvaluationRow], sites: Sequ
         place.append(at)
         at += 1.0
     small = len(sites) > 32
+    # By name, since only then a font that lacks the star borrows it from the next; matplotlib warns of missing ones.
+    families = [family for family in FAMILIES if family in font_manager.get_font_names()]
     for y, row in enumerate(rows):
         best = row == report.best
         axes.text(
             -0.012, y + 0.5, ("★ " if best else "") + numbers.ms(row.latency_ms),
             transform=axes.get_yaxis_transform(), ha="right", va="center", size=8.5,
-            weight="bold" if best else "normal", family=["Liberation Sans", "DejaVu Sans"],
+            weight="bold" if best else "normal", family=families,
         )  # fmt: skip
         for x, site in zip(place, sites, strict=True):
             choice = Candidate.parse(row.plan.get(site.name, KEEP))
