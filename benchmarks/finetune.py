@@ -25,7 +25,8 @@ from mixerzoo.files import read_json, write_json
 from mixerzoo.finetune import Recipe, train
 from mixerzoo.hosts import assemble, count_params
 from mixerzoo.latency import check_device, default_threads, threads
-from mixerzoo.library import Library, Source
+from mixerzoo.library.entries import Source
+from mixerzoo.library.folder import Library
 from mixerzoo.plan import Candidate, Plan
 from mixerzoo.progress import Reporter
 from mixerzoo.refit import refit

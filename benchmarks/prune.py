@@ -27,8 +27,8 @@ from mixerzoo.hosts import count_params
 from mixerzoo.latency import Conditions, Stopwatch, default_threads
 from mixerzoo.plan import Candidate, Plan
 from mixerzoo.progress import Reporter
-from mixerzoo.pruning_student import all_kept
-from mixerzoo.pruning_targets import CONFIRM, Gauge, Thresholds
+from mixerzoo.pruning.student import all_kept
+from mixerzoo.pruning.targets import CONFIRM, Gauge, Thresholds
 from mixerzoo.registry import get_registry
 from mixerzoo.student import Student, load_student
 from mixerzoo_search.far.student import start_student

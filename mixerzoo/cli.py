@@ -12,7 +12,7 @@ from mixerzoo import __version__
 from mixerzoo.compare.command import compare_command
 from mixerzoo.errors import MixerzooError
 from mixerzoo.export.command import export_command
-from mixerzoo.library_commands import library_group
+from mixerzoo.library.commands import library_group
 from mixerzoo.predict.command import predict_command
 
 

@@ -58,3 +58,8 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
     content = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
     write_bytes(path, content)
     return hashlib.sha256(content).hexdigest()
+
+
+def json_hash(content: Any) -> str:
+    """Return the SHA-256 of JSON-ready data, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -10,7 +10,7 @@ from torch import nn
 
 from mixerzoo import MixerSpec, hookimpl
 from mixerzoo.cli import main
-from mixerzoo.library import Library
+from mixerzoo.library.folder import Library
 from mixerzoo.opening import open_teacher
 from mixerzoo.registry import temporary_plugin
 from mixerzoo_search import candidates, distill_local, search

@@ -10,14 +10,13 @@ import tiny
 import torch
 from torch import nn
 
-import mixerzoo.finetune_loop as module
-from mixerzoo import finetune_rates
+import mixerzoo.finetune.loop as module
 from mixerzoo.checkpoint import CHECKPOINT, load_checkpoint, remove_checkpoint, save_checkpoint
 from mixerzoo.errors import MixerzooError
-from mixerzoo.finetune import Recipe, finetune, train
-from mixerzoo.finetune_loop import Training
-from mixerzoo.finetune_rates import PROBES, PROMISE, set_rates
-from mixerzoo.finetune_recipe import Pool
+from mixerzoo.finetune import Recipe, finetune, rates, train
+from mixerzoo.finetune.loop import Training
+from mixerzoo.finetune.rates import PROBES, PROMISE, set_rates
+from mixerzoo.finetune.recipe import Pool
 from mixerzoo.hosts import Replacement, assemble, fingerprint
 from mixerzoo.plan import Candidate
 from mixerzoo.score import Judge
@@ -447,7 +446,7 @@ def test_autocast_is_for_those_who_ask_on_a_cpu(dtype):
 
 
 def test_why_it_stopped_is_said(monkeypatch):
-    monkeypatch.setattr(finetune_rates, "PROMISE", math.inf)
+    monkeypatch.setattr(rates, "PROMISE", math.inf)
     teacher = tiny.tiny_teacher()
     assert tune(teacher, steps=2)[1].stopped is None
     _, tuned = tune(teacher, steps=20, lr=1e30)

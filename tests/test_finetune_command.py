@@ -15,9 +15,10 @@ import torch
 from click.testing import CliRunner
 
 import mixerzoo
-from mixerzoo import finetune_loop, finetune_rates, locks
+from mixerzoo import locks
 from mixerzoo.cli import main
 from mixerzoo.errors import MixerzooError
+from mixerzoo.finetune import loop, rates
 from mixerzoo.student import load_student
 from mixerzoo_search import search
 from mixerzoo_search.finetuning import run as command
@@ -165,9 +166,9 @@ def test_the_same_command_again_trains_nothing(here, monkeypatch):
 
 def test_an_interrupted_one_goes_on_in_the_same_run(here, monkeypatch):
     assert run("run/mine", *WITH_STEPS, "--out", "whole").exit_code == 0
-    monkeypatch.setattr(finetune_loop, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(finetune_loop, "SAVE_SHARE", 1e9)
-    step = finetune_loop.Training._step
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "SAVE_SHARE", 1e9)
+    step = loop.Training._step
 
     def interrupted(self, share):
         if self.standing.step == 30:
@@ -175,7 +176,7 @@ def test_an_interrupted_one_goes_on_in_the_same_run(here, monkeypatch):
         return step(self, share)
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune_loop.Training, "_step", interrupted)
+        patch.setattr(loop.Training, "_step", interrupted)
         assert run("run/mine", *WITH_STEPS, "--out", "parts").exit_code == 1
     (one, _), _ = sorted(mlflow_runs(here), key=lambda found: found[0].info.status != "KILLED")
     assert one.info.status == "KILLED"
@@ -208,9 +209,9 @@ def test_a_kill_behind_the_result_leaves_only_the_end_to_do(here, monkeypatch):
 
 
 def test_what_does_not_help_is_undone_and_what_is_not_finite_is_said(here, monkeypatch):
-    monkeypatch.setattr(finetune_loop, "EARLY", 0)  # else the first steps would be taken back
-    monkeypatch.setattr(finetune_loop, "CHECKS", 1)
-    monkeypatch.setattr(finetune_rates, "PROMISE", float("inf"))  # else no tensor would get such a rate
+    monkeypatch.setattr(loop, "EARLY", 0)  # else the first steps would be taken back
+    monkeypatch.setattr(loop, "CHECKS", 1)
+    monkeypatch.setattr(rates, "PROMISE", float("inf"))  # else no tensor would get such a rate
     told = run("run/mine", "--steps", "5", "--lr", "1e30")
     assert told.exit_code == 0
     assert "kept as it was" in told.stdout

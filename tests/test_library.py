@@ -18,14 +18,17 @@ from click.testing import CliRunner
 from torch import nn
 
 from mixerzoo import MixerSpec, locks
-from mixerzoo import library as library_module
 from mixerzoo.cli import main
 from mixerzoo.data import open_digits
 from mixerzoo.distill import Distilled, Recipe
 from mixerzoo.errors import MixerzooError
 from mixerzoo.files import read_json, write_json
-from mixerzoo.library import LOCK, Library, Order, Source, code_hash
-from mixerzoo.library_commands import age_text, size_text
+from mixerzoo.library import code_hash as code_hash_module
+from mixerzoo.library import folder as folder_module
+from mixerzoo.library.code_hash import code_hash
+from mixerzoo.library.commands import age_text, size_text
+from mixerzoo.library.entries import Order, Source
+from mixerzoo.library.folder import LOCK, Library
 from mixerzoo.plan import Candidate
 from mixerzoo.registry import get_registry
 from mixerzoo.spec import Site
@@ -117,7 +120,7 @@ def test_the_key_depends_on_each_ingredient(change):
 
 def test_the_key_is_stable_and_a_file_name():
     assert dataclasses.replace(BASE, recipe=Recipe(steps=0)).key == BASE.key
-    assert library_module.KEY.fullmatch(BASE.key)
+    assert folder_module.KEY.fullmatch(BASE.key)
     # What they are called is for people.
     assert (
         dataclasses.replace(BASE, source=dataclasses.replace(SOURCE, model="m", data_name="y")).key
@@ -200,16 +203,16 @@ def test_code_that_cannot_be_read_is_never_taken_for_the_same(monkeypatch):
     spec = MixerSpec(name="mine", build=namespace["Mine"], summary="")
     here = code_hash(spec)
     assert code_hash(spec) == here
-    monkeypatch.setattr(library_module, "_UNKNOWN", "another process")
+    monkeypatch.setattr(code_hash_module, "_UNKNOWN", "another process")
     assert code_hash(spec) != here
 
 
 def test_the_code_that_distils_is_in_the_key(monkeypatch):
     spec = get_registry().mixers.get("static")
     before = code_hash(spec)
-    monkeypatch.setattr(library_module, "__version__", "9")
+    monkeypatch.setattr(code_hash_module, "__version__", "9")
     assert code_hash(spec) != before
-    assert "distill.py" in {path.name for path in library_module.DISTILLING}
+    assert "distill.py" in {path.name for path in code_hash_module.DISTILLING}
 
 
 # Round trips
@@ -356,7 +359,7 @@ def test_a_crash_before_the_entry_loses_that_candidate_only(filled, monkeypatch)
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(library_module, "write_json", killed)
+        patch.setattr(folder_module, "write_json", killed)
         with pytest.raises(Killed):
             library.put(order(3), result(4.0))
     assert (filled / f"{KEYS[3]}.safetensors").exists()
@@ -376,7 +379,7 @@ def test_a_crash_while_replacing_is_noticed(filled, monkeypatch):
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(library_module, "write_json", killed)
+        patch.setattr(folder_module, "write_json", killed)
         with pytest.raises(Killed):
             library.put(order(0), result(9.0))
     again = Library(filled)  # the entry still has the old checksum
@@ -430,7 +433,7 @@ WORKER = """
 import os, sys, time
 from pathlib import Path
 import test_library as t
-from mixerzoo.library import Library
+from mixerzoo.library.folder import Library
 
 folder, role = Path(sys.argv[1]), sys.argv[2]
 library = Library(folder / "library")

@@ -10,7 +10,7 @@ from mixerzoo.distill import Recipe, distill
 from mixerzoo.hosts import as_teacher, assemble
 from mixerzoo.hosts.timm_vit import TimmVitHost
 from mixerzoo.plan import Candidate, Plan
-from mixerzoo.pruning_student import all_kept, as_mixer, prunables, smaller
+from mixerzoo.pruning.student import all_kept, as_mixer, prunables, smaller
 from mixerzoo.refit import refit
 from mixerzoo.registry import get_registry
 from mixerzoo.score import Judge

@@ -181,7 +181,8 @@ def main() -> None:
     """Build the library that the first argument names."""
     import torch
 
-    from mixerzoo.library import Library, Source
+    from mixerzoo.library.entries import Source
+    from mixerzoo.library.folder import Library
     from mixerzoo_search.candidates import CandidateLibrary
 
     order = json.loads(sys.argv[1])

@@ -18,7 +18,8 @@ from rich.console import Console
 from sections import Section, Settings, table, verdict
 from subjects import Subject, widest
 
-from mixerzoo.library import Library, Source
+from mixerzoo.library.entries import Source
+from mixerzoo.library.folder import Library
 from mixerzoo.plan import Candidate
 from mixerzoo_search.candidates import CandidateLibrary
 

@@ -122,7 +122,8 @@ def main() -> None:
 
     from mixerzoo.capture import capture
     from mixerzoo.data import image_batches
-    from mixerzoo.library import Library, Source
+    from mixerzoo.library.entries import Source
+    from mixerzoo.library.folder import Library
     from mixerzoo_search.candidates import CandidateLibrary
 
     order = json.loads(sys.argv[1])

@@ -16,7 +16,8 @@ from torch import nn
 
 from mixerzoo.finetune import finetune
 from mixerzoo.hosts import Replacement, assemble
-from mixerzoo.library import Library, Source
+from mixerzoo.library.entries import Source
+from mixerzoo.library.folder import Library
 from mixerzoo.plan import Candidate
 from mixerzoo.refit import refit
 from mixerzoo.score import Judge

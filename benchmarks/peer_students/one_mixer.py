@@ -10,7 +10,8 @@ from torch import nn
 
 from mixerzoo.errors import MixerzooError
 from mixerzoo.hosts import Replacement, Teacher, assemble, count_params
-from mixerzoo.library import Library, Source
+from mixerzoo.library.entries import Source
+from mixerzoo.library.folder import Library
 from mixerzoo.plan import Candidate
 from mixerzoo.refit import refit
 from mixerzoo.registry import get_registry

@@ -15,7 +15,7 @@ from mixerzoo.capture import Capture, capture
 from mixerzoo.data import Dataset, image_batches, load_labels
 from mixerzoo.hosts import Teacher
 from mixerzoo.latency import Rounds, Stopwatch, Timing
-from mixerzoo.pruning_targets import ATTEMPTS, CLOSE, CONFIRM, TRIES
+from mixerzoo.pruning.targets import ATTEMPTS, CLOSE, CONFIRM, TRIES
 from mixerzoo.score import Evaluation, Judge, judge
 from mixerzoo_search.evaluate import FINAL
 from mixerzoo_search.finetuning.images import PreparedImages

@@ -115,15 +115,15 @@ class Rows:
 
 
 def show(console: Console, rows: Rows, teacher: str, budgets: Sequence[str]) -> None:
-    """Print a table a budget: means over the seeds."""
+    """Print a table a budget, means over the seeds, and under it why a side has no student."""
     about = rows.content["teachers"][teacher]
     for budget in budgets:
-        lines = []
+        lines, reasons = [], []
         for peer, found in sorted(rows.of(teacher, budget).items(), key=lambda item: _order(item[1])):
             done = [row for row in found if "after" in row]
-            reasons = sorted({_reason(row) for row in found if "after" not in row})
             lines += [_line(peer, done)] if done else []
-            lines += [[peer, *[""] * 8, reason] for reason in reasons]
+            missing = sorted({_reason(row) for row in found if "after" not in row})
+            reasons += [f"{peer} {reason}" for reason in missing]
         title = f"{teacher}, {about['accuracy']:.2%}, budget {budget}"
         columns = (
             "",
@@ -137,6 +137,8 @@ def show(console: Console, rows: Rows, teacher: str, budgets: Sequence[str]) -> 
             "made, s",
         )
         table(console, title, (*columns, "note"), lines)
+        for reason in reasons:
+            console.print(reason, highlight=False, markup=False)
 
 
 def bars(rows: Rows, teacher: str, budgets: Sequence[str]) -> list[dict[str, Any]]:
@@ -154,6 +156,8 @@ def bars(rows: Rows, teacher: str, budgets: Sequence[str]) -> list[dict[str, Any
             most = HALF * max(0.0, others[best])
             what = f"{teacher}, {budget}: points lost, beside {others[best]:.2f} of the best peer, {best}"
             found.append(_bar(what, budget, ours, most))
+            # Images are few, so that points come in steps; divergences from the teacher do not.
+            found[-1]["loss"] = {peer: _loss(rows.of(teacher, budget)[peer]) for peer in (OURS, best)}
         if budget == AT:
             found.append(_bar(f"{teacher}, {budget}: points lost", budget, ours, POINTS))
     return found
@@ -165,7 +169,7 @@ def tell(console: Console, found: Sequence[Mapping[str, Any]]) -> None:
         colour = "green" if bar["met"] else "red"
         value = "no student in the budget" if bar["value"] is None else f"{bar['value']:.2f}"
         console.print(
-            f"[{colour}]{bar['what']}: mixerzoo {value} (at most {bar['bar']:.2f})[/{colour}]",
+            f"[{colour}]{bar['what']}: mixerzoo {value} (at most {bar['bar']:.2f})[/{colour}]{_losses(bar)}",
             highlight=False,
         )
 
@@ -180,6 +184,16 @@ def _lost(rows: Sequence[Row]) -> float | None:
     if not rows or not all(row.get("met") for row in rows):
         return None
     return statistics.fmean(row["points_lost"]["after"] for row in rows)
+
+
+def _loss(rows: Sequence[Row]) -> float | None:
+    """Return the mean loss after fine-tuning; None unless every row has a student within the budget."""
+    return statistics.fmean(row["after"]["loss"] for row in rows) if _lost(rows) is not None else None
+
+
+def _losses(bar: Mapping[str, Any]) -> str:
+    said = [f"{peer} {loss:.4f}" for peer, loss in bar.get("loss", {}).items() if loss is not None]
+    return f"; loss: {', '.join(said)}" if said else ""
 
 
 def _reason(row: Row) -> str:

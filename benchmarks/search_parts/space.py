@@ -20,7 +20,8 @@ from mixerzoo.data import image_batches
 from mixerzoo.files import read_json, write_json
 from mixerzoo.hosts import assemble, run_stages
 from mixerzoo.latency import REFERENCE, Rounds, Stopwatch, Timing, measure
-from mixerzoo.library import Library, Source
+from mixerzoo.library.entries import Source
+from mixerzoo.library.folder import Library
 from mixerzoo.opening import open_data, open_teacher
 from mixerzoo.plan import KEEP, Candidate
 from mixerzoo.score import Judge, output_loss

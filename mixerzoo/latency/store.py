@@ -7,7 +7,6 @@ mixer's code, not on weights, so that any search of a teacher of this architectu
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -21,12 +20,13 @@ from typing import Any
 
 from mixerzoo import locks
 from mixerzoo.errors import MixerzooError
-from mixerzoo.files import read_json, write_json
+from mixerzoo.files import json_hash, read_json, write_json
 from mixerzoo.hosts import Teacher
 from mixerzoo.latency.conditions import device_name, version_of
 from mixerzoo.latency.in_place import InPlace
 from mixerzoo.latency.stopwatch import Stopwatch
-from mixerzoo.library import LOCK, build_hash
+from mixerzoo.library.code_hash import build_hash
+from mixerzoo.library.folder import LOCK
 from mixerzoo.plan import Candidate
 from mixerzoo.registry import get_registry
 
@@ -94,7 +94,7 @@ class LatencyFile:
     def __init__(self, library: Path, stopwatch: Stopwatch) -> None:
         self.library = library
         self.about = _about(stopwatch)
-        self.path = library / FOLDER / f"{_hash(self.about)[:24]}.json"
+        self.path = library / FOLDER / f"{json_hash(self.about)[:24]}.json"
         self.damaged = False
         self.teacher_ms: float | None = None
         self._name = stopwatch.teacher.name
@@ -171,7 +171,7 @@ class LatencyFile:
                 shape: {text: kept.to_json() for text, kept in row.items()} for shape, row in entries.items()
             },
         }
-        write_json(self.path, content | {CHECK: _hash(content)})
+        write_json(self.path, content | {CHECK: json_hash(content)})
 
 
 def damaged_tables(library: Path) -> list[Path]:
@@ -183,7 +183,7 @@ def _read(path: Path) -> tuple[float | None, Entries] | None:
     """Return the teacher's latency and the entries of a file; None where it is damaged."""
     try:
         content = read_json(path)
-        if content.pop(CHECK) != _hash(content):
+        if content.pop(CHECK) != json_hash(content):
             return None
         entries = {
             shape: {text: Kept.from_json(kept) for text, kept in row.items()}
@@ -211,14 +211,14 @@ def _about(stopwatch: Stopwatch) -> dict[str, Any]:
         # Kernels in C are compiled where there is a compiler, and slow code stands in for them where there is none.
         "compiler": shutil.which(os.environ.get("CC", "cc")) is not None,
         "kernels": os.environ.get("MIXERZOO_KERNELS", "1"),
-        "measuring": _hash([hashlib.sha256(file.read_bytes()).hexdigest() for file in MEASURING])[:16],
+        "measuring": json_hash([hashlib.sha256(file.read_bytes()).hexdigest() for file in MEASURING])[:16],
     }
 
 
 def architecture(teacher: Teacher) -> str:
     """Return a hash of all of a teacher that latency depends on: its modules, sites and images, not its weights."""
     modules = re.sub(r" at 0x[0-9a-f]+", "", repr(teacher.model))
-    return _hash([modules, [site.to_json() for site in teacher.sites], list(teacher.image.size)])[:16]
+    return json_hash([modules, [site.to_json() for site in teacher.sites], list(teacher.image.size)])[:16]
 
 
 def _code(text: str) -> str:
@@ -226,8 +226,4 @@ def _code(text: str) -> str:
     mixers, mixer = get_registry().mixers, Candidate.parse(text).mixer
     if mixer not in mixers:
         return ""
-    return _hash([str(mixers.origin(mixer)), build_hash(mixers.get(mixer))])[:16]
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json_hash([str(mixers.origin(mixer)), build_hash(mixers.get(mixer))])[:16]

@@ -11,7 +11,7 @@ from typing import Any
 from mixerzoo.errors import MixerzooError
 from mixerzoo.hosts import assemble
 from mixerzoo.latency import REFERENCE, Conditions, Stopwatch, check_device, environment
-from mixerzoo.library import check_folder
+from mixerzoo.library.folder import check_folder
 from mixerzoo.registry import get_registry
 from mixerzoo_search.candidates import Candidates, list_candidates
 from mixerzoo_search.context import Context

@@ -11,7 +11,9 @@ from mixerzoo.distill import Recipe, distill
 from mixerzoo.errors import MixerzooError
 from mixerzoo.hosts import Teacher
 from mixerzoo.latency import LatencyTable
-from mixerzoo.library import Entry, Library, Order, Source, code_hash
+from mixerzoo.library.code_hash import code_hash
+from mixerzoo.library.entries import Entry, Order, Source
+from mixerzoo.library.folder import Library
 from mixerzoo.plan import Candidate
 from mixerzoo.registry import get_registry
 from mixerzoo.spec import MixerSpec, Site

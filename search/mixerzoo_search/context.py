@@ -14,7 +14,8 @@ from mixerzoo.capture import Capture, capture
 from mixerzoo.data import Dataset, image_batches, load_labels
 from mixerzoo.hosts import Teacher
 from mixerzoo.latency import Stopwatch
-from mixerzoo.library import Library, Source
+from mixerzoo.library.entries import Source
+from mixerzoo.library.folder import Library
 from mixerzoo.plan import Candidate
 from mixerzoo.progress import Reporter
 from mixerzoo.registry import get_registry

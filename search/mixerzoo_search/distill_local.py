@@ -16,7 +16,8 @@ from mixerzoo.capture import Capture, capture
 from mixerzoo.data import Dataset, image_batches
 from mixerzoo.errors import MixerzooError
 from mixerzoo.hosts import Teacher
-from mixerzoo.library import Entry, Library, Source, check_folder
+from mixerzoo.library.entries import Entry, Source
+from mixerzoo.library.folder import Library, check_folder
 from mixerzoo.plan import Candidate
 from mixerzoo.progress import Reporter
 from mixerzoo.registry import get_registry

@@ -7,8 +7,6 @@ the scale of its own `teacher_ms`.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ import optuna
 from optuna.study import Study
 from optuna.trial import TrialState
 
-from mixerzoo.files import write_json
+from mixerzoo.files import json_hash, write_json
 from mixerzoo.plan import Candidate, Plan
 from mixerzoo.registry import get_registry
 from mixerzoo_search.additive import AdditiveModel
@@ -159,7 +157,7 @@ def weights_of(library: CandidateLibrary, plan: Plan) -> str:
         for site, candidate in plan.choices
         if not candidate.is_keep
     ]
-    return hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
+    return json_hash(keys)[:16]
 
 
 def _evaluations(source: RunDirectory, storage: str | None) -> list[dict[str, Any]]:

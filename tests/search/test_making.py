@@ -9,7 +9,8 @@ from torch import nn
 
 from mixerzoo import MixerSpec, hookimpl
 from mixerzoo.capture import capture
-from mixerzoo.library import Library, Source
+from mixerzoo.library.entries import Source
+from mixerzoo.library.folder import Library
 from mixerzoo.plan import Candidate
 from mixerzoo.registry import temporary_plugin
 from mixerzoo_search import making

@@ -83,7 +83,7 @@ def _found(
 ) -> tuple[Shown, Check | None]:
     from mixerzoo.latency import Conditions, Stopwatch, check_device, default_threads, threads
     from mixerzoo.latency.store import LatencyFile
-    from mixerzoo.library import check_folder
+    from mixerzoo.library.folder import check_folder
     from mixerzoo.opening import open_teacher
     from mixerzoo.progress import Reporter
     from mixerzoo_search.candidates import list_candidates

@@ -13,7 +13,8 @@ from mixerzoo.data import Dataset, image_batches, load_labels
 from mixerzoo.errors import MixerzooError
 from mixerzoo.hosts import Teacher
 from mixerzoo.latency import TABLE, Conditions, Stopwatch, environment, measure_table, threads
-from mixerzoo.library import Entry, Library, is_library
+from mixerzoo.library.entries import Entry
+from mixerzoo.library.folder import Library, is_library
 from mixerzoo.plan import Candidate
 from mixerzoo.progress import Reporter
 from mixerzoo.registry import get_registry

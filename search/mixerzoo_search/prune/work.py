@@ -16,7 +16,7 @@ from mixerzoo.errors import BudgetOutOfReachError
 from mixerzoo.hosts import count_params
 from mixerzoo.latency import Conditions, Stopwatch, environment
 from mixerzoo.plan import Plan
-from mixerzoo.pruning_targets import BY, CONFIRM, Gauge, Thresholds, flops
+from mixerzoo.pruning.targets import BY, CONFIRM, Gauge, Thresholds, flops
 from mixerzoo.score import Evaluation
 from mixerzoo.student import Student
 from mixerzoo.tracking import Tracker

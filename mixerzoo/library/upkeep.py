@@ -14,7 +14,8 @@ from typing import Any
 from mixerzoo import locks
 from mixerzoo.errors import MixerzooError
 from mixerzoo.latency.store import damaged_tables
-from mixerzoo.library import KEY, LOCK, Entry, Library
+from mixerzoo.library.entries import Entry
+from mixerzoo.library.folder import KEY, LOCK, Library
 
 
 @dataclass(frozen=True, kw_only=True)

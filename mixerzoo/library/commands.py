@@ -12,8 +12,8 @@ import click
 from mixerzoo.errors import MixerzooError
 
 if TYPE_CHECKING:
-    from mixerzoo.library import Library
-    from mixerzoo.upkeep import Shelved
+    from mixerzoo.library.folder import Library
+    from mixerzoo.library.upkeep import Shelved
 
 LIST_COLUMNS = (
     "key", "site", "candidate", "start", "solved", "final", "steps", "params", "size", "used", "teacher", "data"
@@ -42,7 +42,7 @@ def list_command(folder: Path, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from mixerzoo.upkeep import shelved
+    from mixerzoo.library.upkeep import shelved
 
     found = shelved(_open(folder))
     if as_json:
@@ -68,7 +68,7 @@ def _short(value: float | str) -> str:
 @folder_argument
 def show_command(key: str, folder: Path) -> None:
     """Tell all about the candidate whose key begins with KEY."""
-    from mixerzoo.upkeep import shelved
+    from mixerzoo.library.upkeep import shelved
 
     found = [item for item in shelved(_open(folder)) if item.entry.key.startswith(key)]
     if len(found) != 1:
@@ -83,7 +83,7 @@ def show_command(key: str, folder: Path) -> None:
 @folder_argument
 def verify_command(folder: Path) -> None:
     """Compare every file in DIR with its checksum; name those that are damaged or belong to nothing."""
-    from mixerzoo.upkeep import faults
+    from mixerzoo.library.upkeep import faults
 
     library = _open(folder)
     found = faults(library)
@@ -109,7 +109,7 @@ def prune_command(folder: Path, older_than: float | None, failed: bool, dry_run:
 
     While a search uses the library, its candidates stay, and so does what is being made.
     """
-    from mixerzoo.upkeep import prune
+    from mixerzoo.library.upkeep import prune
 
     if older_than is not None and not older_than >= 0:
         raise MixerzooError(f"--older-than {older_than:g}: give 0 or more days")
@@ -142,7 +142,7 @@ def age_text(seconds: float) -> str:
 
 
 def _open(folder: Path) -> Library:
-    from mixerzoo.library import LOCK, Library, is_library
+    from mixerzoo.library.folder import LOCK, Library, is_library
 
     if not is_library(folder):
         problem = f"not a library: it has no {LOCK}" if folder.exists() else "no such folder"

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mixerzoo.errors import BudgetOutOfReachError, MixerzooError
 from mixerzoo.hosts import Teacher, count_params
 from mixerzoo.latency import Rounds, Stopwatch
-from mixerzoo.pruning_student import Order, Sizes
+from mixerzoo.pruning.student import Order, Sizes
 
 By = Literal["latency", "params", "flops"]
 BY: tuple[By, ...] = ("latency", "params", "flops")

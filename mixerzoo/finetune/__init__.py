@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from mixerzoo.denormals import tiny_as_zero
-from mixerzoo.finetune_loop import Training
-from mixerzoo.finetune_recipe import LR, Images, Pool, Recipe, Tuned
+from mixerzoo.finetune.loop import Training
+from mixerzoo.finetune.recipe import LR, Images, Pool, Recipe, Tuned
 from mixerzoo.hosts import Teacher
 
 __all__ = ["Images", "Recipe", "Tuned", "finetune", "train"]

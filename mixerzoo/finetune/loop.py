@@ -22,9 +22,9 @@ from mixerzoo.checkpoint import (
     unprefixed,
 )
 from mixerzoo.errors import MixerzooError
-from mixerzoo.finetune_loss import shared_stages, whole_loss
-from mixerzoo.finetune_rates import highest_rates, parameter_groups, set_rates
-from mixerzoo.finetune_recipe import Images, Recipe, Tuned
+from mixerzoo.finetune.loss import shared_stages, whole_loss
+from mixerzoo.finetune.rates import highest_rates, parameter_groups, set_rates
+from mixerzoo.finetune.recipe import Images, Recipe, Tuned
 from mixerzoo.hosts import Teacher, fingerprint
 
 CLIP = 1.0  # norm of the gradient
