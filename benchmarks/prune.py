@@ -22,7 +22,7 @@ from torch import nn
 
 from mixerzoo.errors import MixerzooError
 from mixerzoo.export.onnx import export_onnx, onnx_call, onnx_packages, open_session
-from mixerzoo.export.parity import TOLERANCE, compare_outputs
+from mixerzoo.export.parity import compare_outputs
 from mixerzoo.hosts import count_params
 from mixerzoo.latency import Conditions, Stopwatch, default_threads
 from mixerzoo.plan import Candidate, Plan
@@ -221,7 +221,6 @@ def _onnx(subject: Subject, student: Student) -> dict[str, Any] | None:
             subject.teacher.image,
             images=PARITY_IMAGES,
             classifier=subject.teacher.classifier,
-            tolerance=TOLERANCE,
         ).to_json()
 
 

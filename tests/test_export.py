@@ -28,10 +28,10 @@ from torch import nn
 import mixerzoo
 from mixerzoo import Caps, MixerSpec, hookimpl
 from mixerzoo.cli import main
-from mixerzoo.data import ImageConfig, load_images
+from mixerzoo.data import ImageConfig, load_images, open_npz
 from mixerzoo.export.hub import base_model
 from mixerzoo.export.onnx import PACKAGES
-from mixerzoo.export.parity import batches_of
+from mixerzoo.export.parity import batches_of, compare_outputs
 from mixerzoo.export.preprocess import Preprocess
 from mixerzoo.export.run import export_student
 from mixerzoo.files import read_json
@@ -353,6 +353,77 @@ def test_a_teacher_that_cannot_be_built_is_given_in_python(tmp_path):
     assert found.latency.environment["batch_size"] == 2
     assert model.training
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+# What can be rounding
+
+
+def wide(x):
+    return 8 * (20 * x.mean((2, 3))).sin()
+
+
+class Coarse(nn.Module):
+    """A student whose outputs, -8 to 8, are some 3e-4 from exact in float32; `stubborn` insists on that."""
+
+    def __init__(self, stubborn=False):
+        super().__init__()
+        self.stubborn = stubborn
+        self.register_buffer("far", torch.tensor(5000.3))
+
+    def forward(self, x):
+        assert not (self.stubborn and x.dtype == torch.float64)
+        return (wide(x) + self.far) - self.far
+
+
+@pytest.fixture
+def compared(tmp_path):
+    data = open_npz(str(tiny_search.write_npz(tmp_path / "data.npz")))
+    config = as_teacher(tiny.tiny_vit(), TimmVitHost(), name="mine").image
+
+    def compare(student, exported, **options):
+        return compare_outputs(student, exported, data, config, images=10, classifier=True, **options)
+
+    return compare
+
+
+def test_a_difference_that_float32_makes_is_rounding(compared):
+    student = Coarse()
+    found = compared(student, wide)
+    assert 1e-4 < found.difference < 5e-4
+    assert found.rounding == pytest.approx(found.difference, rel=0.1)
+    assert found.exact < 1e-5
+    assert found.passed
+    assert "from float64 the student is" in found.text()
+    again = compared(student, student)
+    assert (again.difference, again.rounding, again.passed) == (0, None, True)
+
+
+@pytest.mark.parametrize("off", [2e-3, 0.5])
+def test_a_difference_that_float32_does_not_make_is_none(compared, off):
+    found = compared(Coarse(), lambda x: wide(x) + off)
+    assert found.exact == pytest.approx(off, rel=0.01)
+    assert not found.passed
+
+
+def test_a_student_of_large_errors_does_not_excuse_its_file(compared):
+    class Coarser(Coarse):
+        def forward(self, x):
+            return super().forward(x * 1e-3) * 1e2
+
+    found = compared(Coarser(), lambda x: 1e2 * wide(1e-3 * x))
+    assert found.exact < found.rounding
+    assert found.relative > 1e-4
+    assert not found.passed
+
+
+def test_a_given_tolerance_is_all_that_counts(compared):
+    found = compared(Coarse(), wide, tolerance=1e-6)
+    assert (found.rounding, found.exact, found.tolerance, found.passed) == (None, None, 1e-6, False)
+
+
+def test_what_cannot_be_had_in_float64_is_held_to_the_tolerance(compared):
+    found = compared(Coarse(stubborn=True), wide)
+    assert (found.rounding, found.tolerance, found.passed) == (None, 1e-4, False)
 
 
 # What is refused, and what leaves nothing behind

@@ -27,9 +27,8 @@ import click
 @click.option("--data", help="What they are taken from.  [default: the run's data]")
 @click.option(
     "--tolerance",
-    default=1e-4,
-    show_default=True,
-    help="Largest difference of an output that can be rounding.",
+    type=float,
+    help="Largest difference of an output that can be rounding.  [default: 1e-4, or what it does to the student]",
 )
 @click.option("--threads", type=int, help="At which latency is measured.  [default: the run's, or all cores]")
 @click.option("--batch-size", type=int, help="At which latency is measured.  [default: the run's, or 1]")

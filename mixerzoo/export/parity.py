@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +15,9 @@ from mixerzoo.data import Dataset, ImageConfig, load_images
 from mixerzoo.errors import MixerzooError
 
 TOLERANCE = 1e-4
+# Where a student itself is further than that from its outputs in float64, as DINOv2 is, a file may be so many times
+# as far from them, and no further from the student than a share of the outputs' range.
+TIMES, COARSE = 3.0, 1e-4
 LEAST_IMAGES = 4  # one alone, and three together
 BATCH = 16
 
@@ -37,6 +41,9 @@ class Parity:
         relative: the same, relative to the range of the student's outputs.
         agreement: share of images with the same top class, or None without classes.
         tolerance: the difference that counts as rounding.
+        rounding: the largest distance of the student's outputs from those that it has in float64; only measured where
+            the difference is above the tolerance, and that was not given.
+        exact: the same of the file's outputs.
     """
 
     images: int
@@ -45,11 +52,15 @@ class Parity:
     relative: float
     agreement: float | None
     tolerance: float
+    rounding: float | None = None
+    exact: float | None = None
 
     @property
     def passed(self) -> bool:
         """Whether the difference can be rounding."""
-        return self.difference <= self.tolerance
+        if self.rounding is None or self.exact is None:
+            return self.difference <= self.tolerance
+        return self.exact <= TIMES * self.rounding and self.relative <= COARSE
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON-ready data; numbers that are not finite become null."""
@@ -61,7 +72,11 @@ class Parity:
     def text(self) -> str:
         """Return it in words."""
         words = f"{self.difference:.2g} at most, {self.relative:.2g} of the outputs' range, on {self.images} images"
-        return words if self.agreement is None else f"{words}; same top class on {self.agreement:.2%}"
+        if self.agreement is not None:
+            words += f"; same top class on {self.agreement:.2%}"
+        if self.rounding is not None:
+            words += f"; from float64 the student is {self.rounding:.2g} away, the file {self.exact:.2g}"
+        return words
 
 
 def batches_of(count: int) -> Iterator[range]:
@@ -87,10 +102,21 @@ def compare_outputs(
     *,
     images: int,
     classifier: bool,
-    tolerance: float,
+    tolerance: float | None = None,
     on_images: Callable[[int], None] = lambda done: None,
 ) -> Parity:
     """Run the student and the exported file on the same images.
+
+    Args:
+        student: the student.
+        exported: the file, as a function of images.
+        data: what the images are taken from.
+        config: how they are prepared.
+        images: how many.
+        classifier: whether outputs are those of classes.
+        tolerance: largest difference that counts as rounding. Unless given 1e-4, and where it is more than that, what
+            is no further from the student's outputs in float64 than a few times the student itself.
+        on_images: called with the number of images that were compared.
 
     Raises:
         ParityError: if the exported file does not take a batch, or gives another shape.
@@ -99,6 +125,7 @@ def compare_outputs(
     difference, agreeing = 0.0, 0
     low, high = math.inf, -math.inf
     sizes = []
+    outputs: list[tuple[torch.Tensor, torch.Tensor]] = []
     for numbers in batches_of(len(chosen)):
         batch = load_images(data, [chosen[number] for number in numbers], config)
         expected = student(batch)
@@ -119,14 +146,40 @@ def compare_outputs(
         low, high = min(low, float(expected.min())), max(high, float(expected.max()))
         agreeing += int((found.argmax(-1) == expected.argmax(-1)).sum()) if classifier else 0
         sizes.append(len(batch))
+        outputs.append((expected, found))
         on_images(numbers.stop)
         if not math.isfinite(difference):
             break
+    rounding = exact = None
+    if tolerance is None and TOLERANCE < difference < math.inf:
+        rounding, exact = _from_float64(student, data, chosen, config, outputs)
     return Parity(
         images=sum(sizes),
         batch_sizes=tuple(sorted(set(sizes))),
         difference=difference,
         relative=difference / max(high - low, 1e-12),
         agreement=agreeing / sum(sizes) if classifier else None,
-        tolerance=tolerance,
+        tolerance=TOLERANCE if tolerance is None else tolerance,
+        rounding=rounding,
+        exact=exact,
     )
+
+
+def _from_float64(
+    student: nn.Module,
+    data: Dataset,
+    chosen: Sequence[int],
+    config: ImageConfig,
+    outputs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[float, float] | tuple[None, None]:
+    """Return how far the outputs of the student and of the file, batch by batch, are from the student's in float64."""
+    precise = copy.deepcopy(student).double()
+    far = [0.0, 0.0]
+    for numbers, pair in zip(batches_of(len(chosen)), outputs, strict=True):
+        batch = load_images(data, [chosen[number] for number in numbers], config)
+        try:
+            right = precise(batch.double())
+        except Exception:  # a module may insist on float32
+            return None, None
+        far = [max(most, float((output - right).abs().max())) for most, output in zip(far, pair, strict=True)]
+    return far[0], far[1]

@@ -74,7 +74,7 @@ def export_student(
     out: Path | None = None,
     images: int = 200,
     data: str | None = None,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     threads: int | None = None,
     batch_size: int | None = None,
     timed: bool = True,
@@ -89,7 +89,8 @@ def export_student(
         out: file (folder for `hub`) to write; `export/` beside the student unless given.
         images: to compare on.
         data: what to compare on; the data of the student's run unless given.
-        tolerance: largest absolute difference of an output that counts as rounding.
+        tolerance: largest absolute difference of an output that counts as rounding; unless given, 1e-4, or what
+            rounding does to the student itself.
         threads: at which latency is measured; the run's unless given.
         batch_size: likewise.
         timed: whether to time the file.
@@ -128,10 +129,10 @@ def export_student(
     )
 
 
-def _check_numbers(images: int, tolerance: float, threads: int | None, batch_size: int | None) -> None:
+def _check_numbers(images: int, tolerance: float | None, threads: int | None, batch_size: int | None) -> None:
     if images < LEAST_IMAGES:
         raise MixerzooError(f"--images {images}: give at least {LEAST_IMAGES}")
-    if not 0 < tolerance < 1e9:
+    if tolerance is not None and not 0 < tolerance < 1e9:
         raise MixerzooError(f"--tolerance {tolerance:g}: give a positive number, such as {TOLERANCE:g}")
     for flag, value in (("threads", threads), ("batch-size", batch_size)):
         if value is not None and value < 1:
@@ -211,7 +212,7 @@ def _compare(
     data: Dataset,
     source: Source,
     images: int,
-    tolerance: float,
+    tolerance: float | None,
     reporter: Reporter,
 ) -> Parity:
     what = f"'{source.given}' as {form.name}"
@@ -232,7 +233,7 @@ def _compare(
     if not parity.passed:
         raise ParityError(
             f"{what} computes something else than the student: the outputs differ by {parity.text()}, where "
-            f"{tolerance:g} can be rounding; nothing was written; --tolerance accepts more"
+            f"{parity.tolerance:g} can be rounding; nothing was written; --tolerance accepts more"
         )
     return parity
 
