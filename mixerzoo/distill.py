@@ -17,7 +17,9 @@ from mixerzoo.errors import MixerzooError
 from mixerzoo.hosts import count_params
 from mixerzoo.objectives import OBJECTIVES
 from mixerzoo.pairs import BATCH, evaluate, held_out_objective, held_out_rows
+from mixerzoo.plan import Candidate
 from mixerzoo.readout import FeatureTap, RunningReadout, lower, solve_readout
+from mixerzoo.shrink import shrink, units_of
 from mixerzoo.spec import MixerSpec, Site
 from mixerzoo.targets import Targets
 
@@ -34,16 +36,18 @@ class Recipe:
         lr: peak of the one-cycle schedule of AdamW.
         seed: of the initialisation and the order of the batches.
         objective: what the steps make smaller, a name in `OBJECTIVES`.
+        wider: width of the stepped candidate of the same mixer that the steps may begin from; 0 for none.
     """
 
     steps: int = 0
     lr: float = 2e-3
     seed: int = 0
     objective: str = "nmse"
+    wider: float = 0.0
 
     def to_json(self) -> dict[str, float | str]:
-        """Return the recipe as JSON-ready data."""
-        return asdict(self)
+        """Return the recipe as JSON-ready data, without what does not apply."""
+        return {name: value for name, value in asdict(self).items() if value or name != "wider"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +83,7 @@ def distill(
     recipe: Recipe,
     *,
     start: dict[str, torch.Tensor] | None = None,
+    wider: dict[str, torch.Tensor] | None = None,
     targets: Targets | None = None,
 ) -> Distilled:
     """Distil `spec` at `width` for `site`; never raises for what a mixer does wrong, but records it.
@@ -90,6 +95,8 @@ def distill(
         captured: the teacher's inputs and outputs there.
         recipe: how far to go.
         start: state of the same candidate after a shorter recipe; skips inheritance and closed form.
+        wider: state of the candidate of width `recipe.wider` after its steps. Where its most important units, with a
+            readout solved for them, have the lower held-out error, the steps begin there.
         targets: what the readouts of all candidates of the site are solved for, unless this is the only one.
     """
     targets = targets or Targets(captured)
@@ -112,6 +119,8 @@ def distill(
                 nmse = lower(nmse_start, nmse_solved)
             else:
                 nmse = nmse_start = evaluate(mixer, captured)
+            if wider is not None and spec.units is not None:
+                nmse = _narrowed(mixer, nmse, spec, site, Candidate(spec.name, recipe.wider), wider, targets)
             if recipe.steps and params:
                 nmse, steps = take_steps(mixer, targets, recipe, nmse, readout=spec.readout)
         if not math.isfinite(nmse):
@@ -138,6 +147,35 @@ def distill(
         params=params,
         seconds=time.perf_counter() - began,
     )
+
+
+def _narrowed(
+    mixer: nn.Module,
+    nmse: float,
+    spec: MixerSpec,
+    site: Site,
+    candidate: Candidate,
+    state: dict[str, torch.Tensor],
+    targets: Targets,
+) -> float:
+    """Give a mixer the most important units of a wider one if that lowers its held-out error; return that."""
+    before = copy.deepcopy(mixer.state_dict())
+    wide = spec.make(site, candidate.width)
+    wide.load_state_dict(state)
+    try:
+        counts = {kind: units.size for kind, units in units_of(spec, mixer).items()}
+        mixer.load_state_dict(shrink(spec, site, candidate, wide, counts)[1].state_dict())
+    except (MixerzooError, RuntimeError):  # its widths differ in more than units
+        found = math.inf
+    else:
+        if spec.readout is None:
+            found = evaluate(mixer, targets.pairs)
+        else:
+            found = lower(*solve_readout(mixer, spec.readout, targets))
+    if found < nmse:
+        return found
+    mixer.load_state_dict(before)
+    return nmse
 
 
 def take_steps(

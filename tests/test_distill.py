@@ -449,6 +449,67 @@ def test_a_longer_recipe_goes_on_from_a_shorter_one(at):
     assert longer.nmse <= short.nmse
 
 
+def warm_and_own(captured, site, name, wide, narrow):
+    """A narrow candidate after one step, from a wider one and from its own closed form, and that form."""
+    spec = get_registry().mixers.get(name)
+    wider = distill(spec, wide, site, captured, Recipe(steps=20))
+    closed = distill(spec, narrow, site, captured, Recipe())
+    warm, own = (
+        distill(
+            spec,
+            narrow,
+            site,
+            captured,
+            Recipe(steps=1, lr=1e-9, wider=wide if state else 0.0),
+            start=closed.state,
+            wider=state,
+        )
+        for state in (wider.state, None)
+    )
+    assert [one.failed for one in (wider, closed, warm, own)] == [""] * 4
+    return warm, own, closed
+
+
+@pytest.mark.parametrize(("name", "wide", "narrow"), [("glu_mlp", 1.0, 0.5), ("gmlp", 2.0, 1.0)])
+def test_steps_may_begin_from_a_wider_candidate(at, name, wide, narrow):
+    site, captured = at
+    warm, own, closed = warm_and_own(captured, site, name, wide, narrow)
+    assert warm.nmse < own.nmse <= closed.nmse
+    assert warm.params == closed.params
+    assert direct_nmse(rebuilt_at(name, site, narrow, warm), captured) == pytest.approx(warm.nmse, rel=1e-4)
+
+
+def rebuilt_at(name, site, width, result):
+    mixer = get_registry().mixers.get(name).make(site, width)
+    mixer.load_state_dict(result.state)
+    return mixer.eval()
+
+
+@pytest.mark.parametrize("name", ["multihead_lstm", "static", "fewer_heads"])
+def test_the_better_start_is_taken(at, name):
+    warm, own, closed = warm_and_own(at[1], at[0], name, 1.0, 0.5)
+    assert warm.nmse <= own.nmse * (1 + 1e-6)
+    assert warm.params == closed.params
+
+
+@pytest.mark.parametrize("name", ["linear_attention", "retention"])  # other units, and none
+def test_a_wider_candidate_that_cannot_be_narrowed_changes_nothing(at, name):
+    site, captured = at
+    warm, own, _ = warm_and_own(captured, site, name, 1.0, 0.5)
+    assert warm.nmse == pytest.approx(own.nmse, rel=1e-6)
+
+
+def test_a_wider_candidate_that_is_no_better_changes_nothing(at):
+    site, captured = at
+    spec = get_registry().mixers.get("glu_mlp")
+    closed = distill(spec, 0.5, site, captured, Recipe())
+    spoilt = {name: torch.randn_like(tensor) for name, tensor in spec.make(site, 1.0).state_dict().items()}
+    recipe = Recipe(steps=1, lr=1e-9, wider=1.0)
+    found = distill(spec, 0.5, site, captured, recipe, start=closed.state, wider=spoilt)
+    assert not found.failed
+    assert found.nmse == pytest.approx(closed.nmse, rel=1e-6)
+
+
 def test_a_start_that_does_not_fit_is_a_failure(at):
     result = distill(AFFINE, 1.0, *at, Recipe(), start={"other": torch.ones(1)})
     assert "RuntimeError" in result.failed

@@ -10,10 +10,10 @@ from mixerzoo.errors import BudgetOutOfReachError, MixerzooError
 from mixerzoo.hosts import assemble, count_params
 from mixerzoo.plan import Candidate, Plan
 from mixerzoo.progress import Reporter
-from mixerzoo.pruning.module import largest, norms, silence
 from mixerzoo.pruning.student import Order, all_kept, penalty_of, prunables, slots, smaller
 from mixerzoo.pruning.targets import Gauge, Share, Thresholds, flops
 from mixerzoo.score import Judge
+from mixerzoo.shrink import largest, norms, silence
 from mixerzoo.student import Student, load_student, make_replacement, save_student
 from mixerzoo_search.prune.phases import Pruner
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from mixerzoo import MixerzooError
 from mixerzoo.plan import Candidate
-from mixerzoo.pruning.module import checked, cut, hoyer_square, largest, norms, shrink, silence, units_of
 from mixerzoo.registry import get_registry
+from mixerzoo.shrink import checked, cut, hoyer_square, largest, norms, shrink, silence, units_of
 from mixerzoo.testing import ATTENTION_SITE
 from mixerzoo.units import Share, Units, places, sized
 

@@ -357,9 +357,9 @@ def distilled(monkeypatch):
     """Gradient steps of every candidate that is distilled from here on."""
     made, distill = [], candidates.distill
 
-    def recorded(spec, width, site, captured, recipe, *, start=None, targets=None):
+    def recorded(spec, width, site, captured, recipe, *, start=None, wider=None, targets=None):
         made.append(recipe.steps)
-        return distill(spec, width, site, captured, recipe, start=start, targets=targets)
+        return distill(spec, width, site, captured, recipe, start=start, wider=wider, targets=targets)
 
     monkeypatch.setattr(candidates, "distill", recorded)
     return made

@@ -25,8 +25,10 @@ MAKING = (
     "pairs",
     "readout",
     "ridge",
+    "shrink",
     "statistics",
     "targets",
+    "units",
 )
 DISTILLING = tuple(Path(__file__).parents[1] / f"{name}.py" for name in MAKING)  # what weights depend on
 

@@ -1,1 +1,1 @@
-"""Units that are cut out of a module, out of a student, and until a target is reached."""
+"""Students without some of the units of their modules: the penalty, the order, the targets."""

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from mixerzoo.errors import MixerzooError
 from mixerzoo.hosts import Replacement, Teacher
 from mixerzoo.plan import Candidate, Plan
-from mixerzoo.pruning.module import Choose, checked, hoyer_square, largest, norms, shrink, units_of
 from mixerzoo.registry import get_registry
+from mixerzoo.shrink import Choose, checked, hoyer_square, largest, norms, shrink, units_of
 from mixerzoo.spec import AttentionView, MlpView, Site, View
 from mixerzoo.student import Student
 from mixerzoo.units import Units

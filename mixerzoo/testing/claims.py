@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mixerzoo.plan import Candidate
-from mixerzoo.pruning.module import checked, largest, shrink, silence
+from mixerzoo.shrink import checked, largest, shrink, silence
 from mixerzoo.spec import MixerSpec, Site
 from mixerzoo.testing.demands import (
     LEAK,

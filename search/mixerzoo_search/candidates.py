@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -20,7 +21,8 @@ from mixerzoo.spec import MixerSpec, Site
 from mixerzoo.targets import Targets
 
 Candidates = Mapping[str, tuple[Candidate, ...]]  # site -> candidates, without `keep`
-Damage = Mapping[tuple[str, Candidate], float]
+Pair = tuple[str, Candidate]  # a site and one of its candidates
+Damage = Mapping[Pair, float]
 
 
 def list_candidates(
@@ -121,6 +123,21 @@ def beaten(
     )
 
 
+def wider_widths(pairs: Iterable[Pair]) -> dict[Pair, float]:
+    """Return the width that each candidate may begin its steps from: the next wider one of its mixer before it, or 0.
+
+    Args:
+        pairs: sites and candidates, in the order in which they take steps.
+    """
+    found: dict[Pair, float] = {}
+    before: dict[tuple[str, str], list[float]] = {}
+    for site, candidate in pairs:
+        widths = before.setdefault((site, candidate.mixer), [])
+        found[site, candidate] = min((width for width in widths if width > candidate.width), default=0.0)
+        widths.append(candidate.width)
+    return found
+
+
 class CandidateLibrary:
     """The part of a library that is of one teacher and data: makes what is missing, finds the best of what is there.
 
@@ -129,6 +146,7 @@ class CandidateLibrary:
         teacher: the teacher.
         stepped: sites and candidates whose gradient steps count. Others may have taken steps in other searches: what
             a search finds must not depend on what it happens to find in the library.
+        wider: the width that a candidate's steps may begin from, see `wider_widths`; it is part of what they make.
     """
 
     def __init__(
@@ -140,7 +158,8 @@ class CandidateLibrary:
         steps: int,
         seed: int,
         objective: str = "nmse",
-        stepped: Iterable[tuple[str, Candidate]] = (),
+        stepped: Iterable[Pair] = (),
+        wider: Mapping[Pair, float] | None = None,
     ) -> None:
         self.files = library
         self.teacher = teacher
@@ -149,12 +168,16 @@ class CandidateLibrary:
         self.seed = seed
         self.objective = objective
         self.stepped = set(stepped)
-        self._orders: dict[tuple[str, Candidate, bool], tuple[str, Order]] = {}
+        self.wider = wider or {}
+        self._orders: dict[tuple[str, Candidate, Recipe], tuple[str, Order]] = {}
         self._targets: Targets | None = None  # of the site at which the last candidate was made
 
     def _order(self, site: str, candidate: Candidate, *, stepped: bool) -> tuple[str, Order]:
         """Return what has to be made, and its key first."""
-        asked = site, candidate, stepped
+        recipe = self.recipe(stepped=stepped)
+        if stepped:
+            recipe = replace(recipe, wider=self.wider.get((site, candidate), 0.0))
+        asked = site, candidate, recipe
         if asked not in self._orders:
             shelf = get_registry().mixers
             order = Order(
@@ -163,7 +186,7 @@ class CandidateLibrary:
                 candidate=candidate,
                 plugin=str(shelf.origin(candidate.mixer)),
                 code=code_hash(shelf.get(candidate.mixer)),
-                recipe=self.recipe(stepped=stepped),
+                recipe=recipe,
             )
             self._orders[asked] = order.key, order
         return self._orders[asked]
@@ -191,8 +214,9 @@ class CandidateLibrary:
                 return None
             entry = self.files.get(key)
             if entry is None:
-                start = None
+                start = wider = None
                 if stepped:
+                    wider = self._wider_state(site, candidate, capture)
                     closed = self.find(site, candidate, stepped=False)
                     start = None if closed is None or closed.failed else self.files.state(closed.key)
                 spec = get_registry().mixers.get(candidate.mixer)
@@ -206,12 +230,23 @@ class CandidateLibrary:
                     captured,
                     order.recipe,
                     start=start,
+                    wider=wider,
                     targets=self._targets,
                 )
                 entry = self.files.put(order, result)
         if stepped:
             self.stepped.add((site, candidate))
         return entry
+
+    def _wider_state(
+        self, site: str, candidate: Candidate, capture: Capture
+    ) -> dict[str, torch.Tensor] | None:
+        """Return the weights that a candidate's steps may begin from, waiting for whoever makes them; or None."""
+        width = self.wider.get((site, candidate))
+        if not width:
+            return None
+        entry = self.make(site, Candidate(candidate.mixer, width), capture, stepped=True)
+        return None if entry is None or entry.failed else self.state(entry)
 
     def release_targets(self) -> None:
         """Let go of what the candidates of the last site were solved for."""

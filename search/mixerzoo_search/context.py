@@ -20,7 +20,7 @@ from mixerzoo.plan import Candidate
 from mixerzoo.progress import Reporter
 from mixerzoo.registry import get_registry
 from mixerzoo.score import Judge
-from mixerzoo_search.candidates import CandidateLibrary
+from mixerzoo_search.candidates import CandidateLibrary, Pair, wider_widths
 from mixerzoo_search.evaluate import Evaluator
 from mixerzoo_search.finetuning.images import PreparedImages
 from mixerzoo_search.run_directory import RunDirectory
@@ -76,17 +76,23 @@ class Context:
             seed=self.settings.seed,
             objective=self.settings.objective,
             stepped=self.stepped or (),
+            wider=wider_widths(self._given_steps),
         )
 
     @property
-    def stepped(self) -> list[tuple[str, Candidate]] | None:
+    def stepped(self) -> list[Pair] | None:
         """The candidates whose gradient steps count so far; None before any is chosen for them."""
         stored: dict[str, Any] | None = self.run.load("stepped")
         if stored is None:
             return None
-        return [
-            (site, Candidate.parse(c)) for site, c in stored["chosen"] if [site, c] not in stored["worse"]
-        ]
+        worse = {(site, Candidate.parse(c)) for site, c in stored["worse"]}
+        return [pair for pair in self._given_steps if pair not in worse]
+
+    @property
+    def _given_steps(self) -> list[Pair]:
+        """The candidates that were chosen for steps so far, in their order."""
+        stored: dict[str, Any] = self.run.load("stepped") or {"chosen": []}
+        return [(site, Candidate.parse(c)) for site, c in stored["chosen"]]
 
     @cached_property
     def captured(self) -> Capture:

@@ -16,13 +16,21 @@ from mixerzoo.latency import LatencyTable
 from mixerzoo.plan import Candidate
 from mixerzoo.spec import KINDS
 from mixerzoo_search.additive import AdditiveModel
-from mixerzoo_search.candidates import Candidates, Damage, beaten, faster_than_teacher, not_beaten
+from mixerzoo_search.candidates import (
+    Candidates,
+    Damage,
+    Pair,
+    beaten,
+    faster_than_teacher,
+    not_beaten,
+    wider_widths,
+)
 from mixerzoo_search.context import Context
 from mixerzoo_search.making import make_all
 from mixerzoo_search.prior import DamageForecast, Prior
 from mixerzoo_search.prior_table import gather, prior_table, to_json
 from mixerzoo_search.report.content import PriorTable
-from mixerzoo_search.steps import Pair, next_steps, trainable
+from mixerzoo_search.steps import next_steps, trainable
 
 TOLERANCE = 0.002  # of the teacher's latency: changes below it are not told apart
 UNIFORM_SHARE = 0.1  # of the candidates that the prior would leave out
@@ -216,6 +224,7 @@ def take_steps(context: Context, space: Candidates, table: LatencyTable, closed:
     finite = [pair for pair in closed if math.isfinite(closed[pair])]
     able = [] if stored["done"] else trainable(context, finite)
     while True:
+        context.library.wider = wider_widths(chosen)
         _make(
             context,
             [(s, c) for s, c in chosen if context.library.find(s, c, stepped=True) is None],

@@ -19,7 +19,7 @@ from mixerzoo.plan import Candidate
 from mixerzoo.registry import get_registry
 from mixerzoo_search import exact
 from mixerzoo_search.additive import AdditiveModel
-from mixerzoo_search.candidates import Damage
+from mixerzoo_search.candidates import Damage, Pair
 from mixerzoo_search.context import Context
 from mixerzoo_search.summary import constant_loss
 
@@ -34,8 +34,6 @@ LEAST_GAIN = 1e-3  # of a plan's loss, below which the predictions of plans are 
 STEPS_PER_SOLVE = 10.0  # seconds of steps for a second of the closed form, until there are measured ones
 HARMLESS = 1e-4  # of the loss of a constant answer: a plan that loses less is as good as the teacher
 PRICES = 384  # of a millisecond, at which the bound on what a candidate could gain is computed
-
-Pair = tuple[str, Candidate]
 
 
 @dataclass(frozen=True, kw_only=True)

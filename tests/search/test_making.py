@@ -14,7 +14,7 @@ from mixerzoo.library.folder import Library
 from mixerzoo.plan import Candidate
 from mixerzoo.registry import temporary_plugin
 from mixerzoo_search import making
-from mixerzoo_search.candidates import CandidateLibrary
+from mixerzoo_search.candidates import CandidateLibrary, wider_widths
 from mixerzoo_search.making import make_all
 
 IMAGES = 20
@@ -121,3 +121,32 @@ def test_what_another_process_is_at_comes_last(teacher, captured, library):
     shared.make = first_is_taken
     make_all(shared, todo, captured, stepped=False, processes=1)
     assert order == [*todo[1:], todo[0]]
+
+
+def test_the_next_wider_candidate_before_it_is_where_steps_begin():
+    def pair(width, mixer="glu_mlp", site="a"):
+        return site, Candidate(mixer, width)
+
+    order = [pair(1.0), pair(0.5), pair(2.0), pair(0.25), pair(0.5, "gmlp"), pair(0.5, site="b")]
+    assert wider_widths(order) == dict(zip(order, [0.0, 1.0, 0.0, 0.5, 0.0, 0.0], strict=True))
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=needs_fork)])
+def test_narrower_candidates_begin_from_wider_ones(eager_to_fork, teacher, captured, library, processes):
+    wide, narrow = Candidate("glu_mlp", 1.0), Candidate("glu_mlp", 0.5)
+    todo = [(site, c) for site, c in tasks(teacher, [narrow, wide])]
+    alone, shared, other = library("alone"), library("shared"), library("other")
+    for shelf in (alone, shared, other):
+        make_all(shelf, todo, captured, stepped=False, processes=1)
+    make_all(alone, todo, captured, stepped=True, processes=1)
+    site = todo[0][0]
+    for shelf in (shared, other):
+        shelf.wider = wider_widths(tasks(teacher, [wide, narrow]))
+    make_all(shared, todo, captured, stepped=True, processes=processes)
+    other.make(site, narrow, captured, stepped=True)  # which makes the wider one first
+    assert other.find(site, wide, stepped=True) is not None
+    own, warm, again = (shelf.find(site, narrow, stepped=True) for shelf in (alone, shared, other))
+    assert own.key != warm.key == again.key
+    assert (own.recipe.get("wider"), warm.recipe["wider"]) == (None, 1.0)
+    assert warm.nmse == pytest.approx(again.nmse, rel=1e-3)
+    assert alone.find(site, wide, stepped=True).key == shared.find(site, wide, stepped=True).key

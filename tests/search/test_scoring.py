@@ -92,10 +92,11 @@ def distilled(monkeypatch):
     """What is distilled from here on: (site, candidate, steps)."""
     made, distill = [], candidates_module.distill
 
-    def recorded(spec, width, site, captured, recipe, *, start=None, targets=None):
+    def recorded(spec, width, site, captured, recipe, *, start=None, wider=None, targets=None):
         made.append((site.name, Candidate(spec.name, width), recipe.steps))
         assert (start is not None) == (recipe.steps > 0)
-        return distill(spec, width, site, captured, recipe, start=start, targets=targets)
+        assert (wider is not None) == (recipe.wider > 0)
+        return distill(spec, width, site, captured, recipe, start=start, wider=wider, targets=targets)
 
     monkeypatch.setattr(candidates_module, "distill", recorded)
     return made

@@ -19,11 +19,11 @@ from torch import nn
 from mixerzoo.finetune import Recipe, Tuned, train
 from mixerzoo.hosts import Teacher
 from mixerzoo.progress import Reporter
-from mixerzoo.pruning.module import Choose, largest
 from mixerzoo.pruning.student import Order, Prunable, Sizes, penalty_of, prunables, slots, smaller
 from mixerzoo.pruning.targets import Gauge, Thresholds
 from mixerzoo.refit import refit_student
 from mixerzoo.score import Evaluation, Judge
+from mixerzoo.shrink import Choose, largest
 from mixerzoo.student import Student
 from mixerzoo_search.finish import REFIT_TOKENS
 
