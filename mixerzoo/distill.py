@@ -165,13 +165,12 @@ def _narrowed(
     try:
         counts = {kind: units.size for kind, units in units_of(spec, mixer).items()}
         mixer.load_state_dict(shrink(spec, site, candidate, wide, counts)[1].state_dict())
-    except (MixerzooError, RuntimeError):  # its widths differ in more than units
-        found = math.inf
-    else:
         if spec.readout is None:
             found = evaluate(mixer, targets.pairs)
         else:
             found = lower(*solve_readout(mixer, spec.readout, targets))
+    except (MixerzooError, RuntimeError):  # its widths differ in more than units, or it is not finite
+        found = math.inf
     if found < nmse:
         return found
     mixer.load_state_dict(before)

@@ -499,11 +499,14 @@ def test_a_wider_candidate_that_cannot_be_narrowed_changes_nothing(at, name):
     assert warm.nmse == pytest.approx(own.nmse, rel=1e-6)
 
 
-def test_a_wider_candidate_that_is_no_better_changes_nothing(at):
+@pytest.mark.parametrize("scale", [1.0, math.nan])
+def test_a_wider_candidate_that_is_no_better_changes_nothing(at, scale):
     site, captured = at
     spec = get_registry().mixers.get("glu_mlp")
     closed = distill(spec, 0.5, site, captured, Recipe())
-    spoilt = {name: torch.randn_like(tensor) for name, tensor in spec.make(site, 1.0).state_dict().items()}
+    spoilt = {
+        name: scale * torch.randn_like(tensor) for name, tensor in spec.make(site, 1.0).state_dict().items()
+    }
     recipe = Recipe(steps=1, lr=1e-9, wider=1.0)
     found = distill(spec, 0.5, site, captured, recipe, start=closed.state, wider=spoilt)
     assert not found.failed

@@ -39,7 +39,7 @@ def code_hash(spec: MixerSpec) -> str:
     The version of a plugin is not enough: it stays the same while its author works on it.
     """
     parts: list[Any] = [__version__, spec.readout, *map(_file_hash, DISTILLING)]
-    for function in (spec.build, spec.inherit):
+    for function in (spec.build, spec.inherit, spec.units):
         if function is not None:
             parts += [_name(function), _source_hash(function)]
     return json_hash(parts)
