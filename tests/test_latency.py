@@ -29,7 +29,7 @@ from mixerzoo.latency import (
     threads,
 )
 from mixerzoo.latency import rounds as rounds_module
-from mixerzoo.latency.rounds import BETWEEN, FEW, MIN_SAMPLE_MS, WARMUP
+from mixerzoo.latency.rounds import BETWEEN, FEW, MIN_SAMPLE_MS, SETTLE_MS, WARMUP
 from mixerzoo.plan import Candidate
 from mixerzoo.registry import temporary_plugin
 from mixerzoo.spec import RuntimeSpec
@@ -58,8 +58,13 @@ class Clock:
         return {name: self.subject(name, ms) for name, ms in costs.items()}
 
 
+def cold(**options):
+    """Rounds whose calls can be counted: nothing runs untimed before a timing."""
+    return Rounds(settle_ms=0, **options)
+
+
 def exactly(count):
-    return Rounds(least=count, most=count)
+    return cold(least=count, most=count)
 
 
 def timings(clock, costs, **options):
@@ -106,7 +111,7 @@ def test_what_lasts_for_a_spell_is_seen_by_others(spells, monkeypatch):
     found = timings(
         Clock(),
         {"teacher": 10.0, "a": by_spell},
-        rounds=Rounds(least=7, most=7, spells=spells),
+        rounds=cold(least=7, most=7, spells=spells),
         on_round=told.append,
     )
     assert len(slept) == spells - 1
@@ -160,6 +165,40 @@ def test_the_teacher_alone():
     assert found[REFERENCE].median == pytest.approx(3)
 
 
+# What ran before
+
+
+def after_another(clock, name, *, cold_ms, warm_ms, calls):
+    """A cost that falls from cold to warm within some calls, and begins again where something else ran."""
+
+    def cost():
+        run = next((i for i, other in enumerate(reversed(clock.log)) if other != name), len(clock.log))
+        return warm_ms + (cold_ms - warm_ms) * max(0.0, 1 - (run - 1) / calls)
+
+    return cost
+
+
+@pytest.mark.parametrize("settle_ms", [0.0, SETTLE_MS])
+def test_what_ran_before_has_taken_the_caches_and_does_not_count(settle_ms):
+    clock = Clock()
+    costs = {
+        "teacher": 10.0,
+        "a": after_another(clock, "a", cold_ms=6.0, warm_ms=5.0, calls=3),
+        "b": after_another(clock, "b", cold_ms=1.5, warm_ms=1.0, calls=8),
+    }
+    found = timings(clock, costs, rounds=Rounds(least=9, most=9, settle_ms=settle_ms))
+    warm = found["a"].ratio == pytest.approx(0.5) and found["b"].ratio == pytest.approx(0.1)
+    assert warm == (settle_ms > 0)
+
+
+@pytest.mark.parametrize(("ms", "calls"), [(50.0, 1), (20.0, 1), (8.0, 3), (1.0, 20)])
+def test_a_subject_settles_for_so_long_and_once_at_least(ms, calls):
+    clock = Clock()
+    loops = max(1, round(MIN_SAMPLE_MS / ms))
+    timings(clock, {"teacher": 10.0, "a": ms}, rounds=Rounds(least=3, most=3))
+    assert clock.log.count("a") == pytest.approx(WARMUP + 3 * (calls + loops), abs=3)  # of rounding
+
+
 def test_without_a_reference_there_is_nothing_to_compare_with():
     with pytest.raises(KeyError, match="teacher"):
         timings(Clock(), {"a": 1.0})
@@ -175,7 +214,7 @@ def noisy(seed, spread, median=5.0):
 
 def test_a_quiet_machine_needs_the_least_rounds():
     clock = Clock()
-    found = timings(clock, {"teacher": 10.0, "a": 10.0}, rounds=Rounds(least=5, most=50))
+    found = timings(clock, {"teacher": 10.0, "a": 10.0}, rounds=cold(least=5, most=50))
     assert clock.log.count("a") == WARMUP + 5
     assert found["a"].error == pytest.approx(0)
     assert found["a"].most == pytest.approx(found["a"].ratio)
@@ -184,7 +223,7 @@ def test_a_quiet_machine_needs_the_least_rounds():
 def test_only_what_is_not_known_well_enough_is_measured_longer():
     clock = Clock()
     costs = {"teacher": 10.0, "steady": 10.0, "noisy": noisy(0, 0.1, 10.0)}
-    found = timings(clock, costs, rounds=Rounds(least=5, most=400, precision=0.02))
+    found = timings(clock, costs, rounds=cold(least=5, most=400, precision=0.02))
     assert clock.log.count("steady") == WARMUP + 5
     assert 50 < clock.log.count("noisy") < 400
     assert found["noisy"].error <= 0.02
@@ -193,7 +232,7 @@ def test_only_what_is_not_known_well_enough_is_measured_longer():
 
 def test_there_is_an_end_to_it_and_the_error_says_so():
     clock = Clock()
-    found = timings(clock, {"teacher": 10.0, "a": noisy(0, 0.15, 10.0)}, rounds=Rounds(least=5, most=9))
+    found = timings(clock, {"teacher": 10.0, "a": noisy(0, 0.15, 10.0)}, rounds=cold(least=5, most=9))
     assert clock.log.count("a") == WARMUP + 9
     assert found["a"].error > 0.05
 
@@ -201,7 +240,7 @@ def test_there_is_an_end_to_it_and_the_error_says_so():
 def test_what_is_certainly_slow_needs_no_precision():
     clock = Clock()
     costs = {"teacher": 10.0, "slow": noisy(0, 0.1, 30.0), "fast": noisy(1, 0.1, 9.0)}
-    timings(clock, costs, rounds=Rounds(least=5, most=60, precision=0.001, slow=1.5))
+    timings(clock, costs, rounds=cold(least=5, most=60, precision=0.001, slow=1.5))
     assert clock.log.count("slow") < WARMUP + 10
     assert clock.log.count("fast") == WARMUP + 60
 
@@ -231,7 +270,7 @@ def test_a_measurement_goes_on_until_enough_rounds_are_quiet():
         return 10.0 * (1 if noise.random() < 0.5 else 3)
 
     clock = Clock()
-    rounds = Rounds(least=5, most=300, precision=0.01, quiet=12)
+    rounds = cold(least=5, most=300, precision=0.01, quiet=12)
     found = timings(clock, {"teacher": 10.0, "a": often}, rounds=rounds)["a"]
     assert WARMUP + 12 < clock.log.count("a") < 60
     assert found.ratio == pytest.approx(1)
@@ -266,7 +305,7 @@ def test_a_ratio_that_changes_meanwhile_is_not_known():
 @pytest.mark.parametrize(
     "slowness",
     [
-        lambda seconds: 1 + seconds,  # it gets hotter and hotter
+        lambda seconds: 1 + seconds / 2,  # it gets hotter and hotter
         lambda seconds: 1 + 0.5 * np.sin(seconds * 3),  # it breathes
         lambda seconds: 1.0 if seconds < 1.5 else 2.0,  # somebody else begins to work
     ],

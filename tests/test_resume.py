@@ -267,7 +267,7 @@ def test_a_finished_search_evaluates_nothing_again(here, monkeypatch):
 
     for module, name in (
         (candidates, "distill"), (reuse, "measure_in_place"), (finish, "finetune"), (finish, "refit"),
-        (evaluate.Evaluator, "evaluate"), (evaluate.Evaluator, "evaluate_student"),
+        (evaluate.Evaluator, "evaluate"), (evaluate.Evaluator, "final_latency"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, again)
     second = go(here)

@@ -202,7 +202,7 @@ def compare(
 def fitting_rounds(rounds: int, seconds: float) -> Rounds:
     """Return `rounds`, and up to twice as many on a machine that is not quiet, but fewer of `seconds` each if long."""
     fitting = max(MIN_ROUNDS, int(PATIENCE_S / max(seconds, 1e-6)) - 3)  # it warms up three times
-    return Rounds(least=min(rounds, fitting), most=min(2 * rounds, fitting))
+    return Rounds(least=min(rounds, fitting), most=min(2 * rounds, fitting), settle_ms=0)
 
 
 def timing_json(timing: Timing, base: Timing) -> dict[str, Any]:

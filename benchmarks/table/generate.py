@@ -46,7 +46,7 @@ SITES = {
 }
 IMAGES = 64
 TOGETHER = 24  # students that are timed in the same rounds
-ROUNDS = Rounds(least=3, most=3)  # in one pass over all plans
+ROUNDS = Rounds(least=3, most=3, settle_ms=0)  # in one pass over all plans
 SAVE_S = 20.0  # between two savings of losses
 FIT_PLANS = 12  # random plans that the correction of latency is fitted on, as in a search
 

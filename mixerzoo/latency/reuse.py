@@ -20,7 +20,7 @@ from mixerzoo.spec import RuntimeSpec
 
 PREPARED = 8  # candidates that are timed, and so are there at once, prepared to run
 CHECKED = 3  # kept candidates that are timed again to see whether the others still hold
-CHECK = Rounds(least=7, most=27, precision=0.015)
+CHECK = Rounds(least=7, most=27, precision=0.015, settle_ms=TABLE.settle_ms)
 POOR = 0.05  # relative error from which on a kept one is measured again: the machine was too busy then
 ROOM = 0.01  # of the teacher's latency, beyond both errors: what a restart of a process can change
 

@@ -23,6 +23,9 @@ QUIET = 1.5  # times what a subject can do (its lowest tenth): samples above it 
 ENOUGH = 0.25  # share of the rounds that must be quiet for both sides
 DISTURBED = 0.1  # least relative error where they were not
 BETWEEN = 3  # subjects between two timings of the reference
+# How long a subject runs untimed before each of its timings: what ran before it has taken its caches, and the first few
+# calls are up to a fifth slower than those that follow.
+SETTLE_MS = 20.0
 # The range of so few normal samples, times this, is a 95 % interval of their mean (Dean and Dixon 1951).
 FEW = {2: 12.7, 3: 2.61, 4: 1.43, 5: 1.02}
 PAUSE_S = 0.25  # between two spells
@@ -41,6 +44,8 @@ class Rounds:
         slow: times the reference; for what is certainly slower than this, no precision is asked.
         spells: how often all that is done again, up to five times. What a shared machine does to one side more than to
             the other may last for seconds: rounds of one spell agree with each other, and not with those of the next.
+        settle_ms: how long a subject runs untimed before each timing, at least one call; 0 for not at all, which is
+            faster, and right where what comes of it is corrected by longer measurements.
     """
 
     least: int = 9
@@ -49,6 +54,7 @@ class Rounds:
     quiet: int = 0
     slow: float = float("inf")
     spells: int = 1
+    settle_ms: float = SETTLE_MS
 
 
 AS_A_RULE = Rounds()
@@ -87,11 +93,12 @@ def measure(
 ) -> dict[str, Timing]:
     """Time `subjects`, among them one called `teacher`, in interleaved rounds.
 
-    In each round the order is shuffled and the reference is timed again after every few subjects; a subject's
-    ratio is its time over the mean of the reference before and after it. Its median is that ratio times the
-    reference's median, so that a slow drift of the machine hits both alike. A short spell that hits only one of
-    them would spoil the ratio: where either took far longer than it can, the round does not count. A machine that
-    is not quiet is measured for more rounds; what is still not known then is said by `Timing.error`.
+    What is timed is a model in use: called again and again, its caches warm. In each round the order is shuffled and
+    the reference is timed again after every few subjects; a subject's ratio is its time over the mean of the reference
+    before and after it. Its median is that ratio times the reference's median, so that a slow drift of the machine hits
+    both alike. A short spell that hits only one of them would spoil the ratio: where either took far longer than it
+    can, the round does not count. A machine that is not quiet is measured for more rounds; what is still not known then
+    is said by `Timing.error`.
     """
     found = []
     for spell in range(rounds.spells):
@@ -127,20 +134,21 @@ def _spell(
     clock: Callable[[], float],
     on_round: Callable[[int], None],
 ) -> dict[str, Timing]:
-    loops = {name: _loops(run, clock) for name, run in subjects.items()}
+    settled = partial(_sample, settle_s=rounds.settle_ms / 1e3, clock=clock)
+    sample = {name: partial(settled, run, _loops(run, clock)) for name, run in subjects.items()}
     others = [name for name in subjects if name != REFERENCE]
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in others}  # (reference, subject)
     reference: list[float] = []
     order = np.random.default_rng(0)
     waiting = others
     for done in range(rounds.most):
-        before = _sample(subjects[REFERENCE], loops[REFERENCE], clock)
+        before = sample[REFERENCE]()
         reference.append(before)
         shuffled = [waiting[i] for i in order.permutation(len(waiting))]
         for start in range(0, len(shuffled), BETWEEN):
             part = shuffled[start : start + BETWEEN]
-            times = [_sample(subjects[name], loops[name], clock) for name in part]
-            after = _sample(subjects[REFERENCE], loops[REFERENCE], clock)
+            times = [sample[name]() for name in part]
+            after = sample[REFERENCE]()
             reference.append(after)
             for name, ms in zip(part, times, strict=True):
                 samples[name].append(((before + after) / 2, ms))
@@ -233,7 +241,10 @@ def _loops(run: Run, clock: Callable[[], float]) -> int:
     return max(1, round(MIN_SAMPLE_MS / max((clock() - began) * 1e3, 1e-3)))
 
 
-def _sample(run: Run, loops: int, clock: Callable[[], float]) -> float:
+def _sample(run: Run, loops: int, *, settle_s: float, clock: Callable[[], float]) -> float:
+    settled = clock() + settle_s
+    while clock() < settled:
+        run()
     began = clock()
     for _ in range(loops):
         run()

@@ -95,33 +95,18 @@ class Evaluator:
         timings = self.stopwatch.time(students, rounds=rounds)
         return {name: self.base_ms * t.ratio for name, t in timings.items() if name != REFERENCE}
 
-    def final_latency(self, students: Mapping[str, nn.Module]) -> dict[str, tuple[float, float]]:
-        """Measure students for long, beside each other; return latencies in ms, and the most they can be (97.5 %)."""
-        timings = self.stopwatch.time(students, rounds=FINAL)
-        return {
-            name: (self.base_ms * t.ratio, self.base_ms * t.most)
-            for name, t in timings.items()
-            if name != REFERENCE
-        }
+    def final_latency(self, student: nn.Module) -> tuple[float, float]:
+        """Measure a student for long; return its latency in ms, and the most that it can be (97.5 %)."""
+        timing = self.stopwatch.time({"student": student}, rounds=FINAL)["student"]
+        return self.base_ms * timing.ratio, self.base_ms * timing.most
 
     def evaluate(self, plan: Plan, model: AdditiveModel, *, source: str) -> PlanResult:
         """Stitch, judge and time the plan's student."""
         modules = self.modules(plan)
-        first = min((self.teacher.site(name).stage for name in modules), default=0)
-        return self.evaluate_student(
-            plan, assemble(self.teacher.model, modules), model, source=source, first=first
-        )
-
-    def evaluate_student(
-        self,
-        plan: Plan,
-        student: nn.Module,
-        model: AdditiveModel,
-        *,
-        source: str,
-        first: int = 0,
-    ) -> PlanResult:
-        """Judge and time a student; its stages before `first` are the teacher's."""
+        student = assemble(self.teacher.model, modules)
+        first = min(
+            (self.teacher.site(name).stage for name in modules), default=0
+        )  # before, it is the teacher
         judged = self.judge.evaluate(student, first=first)
         predicted_ms = model.predict_ms(plan)
         timing = self.stopwatch.time({"student": student}, rounds=TRIAL)["student"]

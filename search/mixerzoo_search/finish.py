@@ -1,4 +1,4 @@
-"""From the best plans to the winner: measured again, refitted, distilled as a whole in rounds, measured once more."""
+"""From the best plans to the winner: measured for long, refitted, distilled as a whole in rounds."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mixerzoo.files import read_json, write_json
 from mixerzoo.finetune import finetune
 from mixerzoo.hosts import assemble
 from mixerzoo.refit import refit
+from mixerzoo.score import Evaluation
 from mixerzoo.student import Student, load_student, save_student
 from mixerzoo_search.additive import AdditiveModel
 from mixerzoo_search.context import Context
@@ -23,11 +24,11 @@ from mixerzoo_search.finetuning.held_out import held_out
 from mixerzoo_search.recalibrate import solved_again
 
 REFITTED = 4  # plans that are refitted, and distilled as a whole in rounds
-MEASURED = 8  # plans that are measured again at a time to find those
+MEASURED = 12  # plans at most that are measured again to find those
 SURELY = 1.03  # a plan meets a limit that it does not exceed, and certainly not by so many times
 REFIT_TOKENS = 65_536  # tokens that a readout is solved on: more no longer change it
 STRICTER = (
-    0.97  # where every finalist misses the budget when measured again, the next ones must be this faster
+    0.97  # times the limit, where every plan misses it when measured again: the next must be this faster
 )
 ATTEMPTS = 8
 
@@ -59,14 +60,13 @@ def finish(context: Context, results: Sequence[PlanResult], model: AdditiveModel
     """Refit and distil the best plans, and choose the winner by its loss after that.
 
     What was measured corrects the model, and exact plans are solved for again: those of the study may have left room
-    below the budget. Only plans that meet it when measured again have their turn. The winner is measured once more,
-    beside the teacher: if it misses the budget, the next best is taken. If all do, the model is corrected once more,
-    and further plans that are a little faster have their turn.
+    below the budget. Only plans that meet it when measured again, for long, have their turn: latency does not depend on
+    weights, so that nothing is refitted or distilled in vain. If all miss it, the model is corrected once more, and
+    further plans that are a little faster are measured.
     """
-    made: dict[str, PlanResult] = {}
     further: list[PlanResult] = []
     missed: list[PlanResult] = []
-    tuning = halving.summary([])
+    chosen: list[PlanResult] = []
     limit = context.budget_ms
     for _ in range(ATTEMPTS):
         model, more = solved_again(context, model, [*results, *further, *missed], limit)
@@ -76,19 +76,20 @@ def finish(context: Context, results: Sequence[PlanResult], model: AdditiveModel
             context, [r for r in (*results, *further) if r.plan not in over], limit
         )
         missed += missed_again
-        ready = [_refitted(context, result, model) for result in chosen]
-        made |= {f"{f.result.plan.key} {f.result.source}": f.result for f in ready}
-        if context.settings.finetune_minutes:
-            ready, tuning = _in_rounds(context, ready)
-            made |= {f"{f.result.plan.key} {f.result.source}": f.result for f in ready}
-        best = _choose(context, ready, missed)
-        if best is not None:
-            break
-        if not chosen and not missed_again and not more:
+        if chosen or not (missed_again or more):
             break
         limit *= STRICTER
-    extra = [result for result in made.values() if result.source in ("refit", "finetuned")]
-    return Outcome(best=best, results=[*further, *extra], finetuning=tuning)
+    ready = [_refitted(context, result) for result in chosen]
+    tuning = halving.summary([])
+    made = {f.result: None for f in ready}
+    if context.settings.finetune_minutes:
+        ready, tuning = _in_rounds(context, ready)
+        made |= {f.result: None for f in ready}
+    return Outcome(
+        best=min(ready, key=lambda f: f.result.loss, default=None),
+        results=[*further, *(result for result in made if result.source in ("refit", "finetuned"))],
+        finetuning=tuning,
+    )
 
 
 def _finalists(
@@ -96,29 +97,24 @@ def _finalists(
 ) -> tuple[list[PlanResult], list[PlanResult]]:
     """Return the plans of lowest loss that meet the limit in a second, longer measurement, and those that miss it.
 
-    Decided once for a number of results and a limit, so that a resumed search takes the same.
+    Each is measured once for a number of results and a limit, so that a resumed search takes the same.
     """
-    stored: dict[str, dict[str, list[dict[str, object]]]] = context.run.load("finalists") or {}
-    key = f"{len(results)} {limit_ms:.6g}"
-    if key not in stored:
-        ranked = sorted((r for r in results if r.latency_ms <= limit_ms), key=lambda r: r.loss)
-        meet: list[PlanResult] = []
-        miss: list[PlanResult] = []
-        while len(meet) < REFITTED and (part := ranked[len(meet) + len(miss) :][:MEASURED]):
-            evaluator = context.evaluator
-            again = evaluator.final_latency(
-                {r.plan.key: assemble(context.teacher.model, evaluator.modules(r.plan)) for r in part}
-            )
-            for result in part:
-                ms, most = again[result.plan.key]
-                (meet if _meets(limit_ms, ms, most) else miss).append(replace(result, latency_ms=ms))
-        stored[key] = {
-            "meet": [r.to_json() for r in meet[:REFITTED]],
-            "miss": [r.to_json() for r in miss],
-        }
-        context.run.store("finalists", stored)
-    found = {name: [PlanResult.from_json(row) for row in rows] for name, rows in stored[key].items()}
-    return found["meet"], found["miss"]
+    stored: dict[str, dict[str, list[dict[str, Any]]]] = context.run.load("finalists") or {}
+    found = stored.setdefault(f"{len(results)} {limit_ms:.6g}", {"meet": [], "miss": []})
+    ranked = sorted((r for r in results if r.latency_ms <= limit_ms), key=lambda r: r.loss)
+    evaluator = context.evaluator
+    with context.reporter.phase("the best plans, measured again", REFITTED) as report:
+        for result in ranked[len(found["meet"]) + len(found["miss"]) : MEASURED]:
+            if len(found["meet"]) == REFITTED:
+                break
+            student = assemble(context.teacher.model, evaluator.modules(result.plan))
+            ms, most = evaluator.final_latency(student)
+            name = "meet" if _meets(limit_ms, ms, most) else "miss"
+            found[name].append(replace(result, latency_ms=ms).to_json())
+            context.run.store("finalists", stored)
+            report(len(found["meet"]))
+    meet, miss = ([PlanResult.from_json(row) for row in found[name]] for name in ("meet", "miss"))
+    return meet, miss
 
 
 def _meets(limit_ms: float, ms: float, most: float) -> bool:
@@ -126,7 +122,7 @@ def _meets(limit_ms: float, ms: float, most: float) -> bool:
     return ms <= limit_ms and most <= SURELY * limit_ms
 
 
-def _refitted(context: Context, result: PlanResult, model: AdditiveModel) -> Finalist:
+def _refitted(context: Context, result: PlanResult) -> Finalist:
     """Stitch the plan's student afresh and refit it on its own activations; keep whichever is better."""
     folder = context.run.path / "finalists" / f"{result.plan.key}-refit"
     finished = _load(context, folder)
@@ -139,11 +135,8 @@ def _refitted(context: Context, result: PlanResult, model: AdditiveModel) -> Fin
     enough = max(2, -(-REFIT_TOKENS // (teacher.sites[0].tokens * len(batches[0]))))
     with context.reporter.phase("sequential refit", len(teacher.sites)) as report:
         student = refit(teacher, modules, mixers, batches[:enough], on_site=report)
-    finalist = Finalist(
-        result=evaluator.evaluate_student(result.plan, student, model, source="refit"), student=student
-    )
-    if not finalist.result.loss <= result.loss:  # also where it is NaN
-        finalist = Finalist(result=result, student=assemble(teacher.model, evaluator.modules(result.plan)))
+    finalist = Finalist(result=result, student=assemble(teacher.model, evaluator.modules(result.plan)))
+    finalist = _better(finalist, student, context.judge.evaluate(student), source="refit")
     _save(context, folder, finalist)
     return finalist
 
@@ -194,20 +187,26 @@ def _finetuned(
         checkpoint=folder,
         on_progress=on_progress,
     )
-    judged = context.judge.evaluate(tuned)
-    if tuned is not finalist.student and not finalist.result.loss <= judged.loss:
-        # Latency does not depend on weights: it is that of the plan.
-        result = replace(
-            finalist.result,
-            loss=judged.loss,
-            agreement=judged.agreement,
-            accuracy=judged.accuracy,
-            source="finetuned",
-        )
-        finalist = Finalist(result=result, student=tuned)
+    if tuned is not finalist.student:
+        finalist = _better(finalist, tuned, context.judge.evaluate(tuned), source="finetuned")
     _save(context, folder, finalist)
     remove_checkpoint(folder)
     return finalist
+
+
+def _better(finalist: Finalist, student: nn.Module, judged: Evaluation, *, source: str) -> Finalist:
+    """Return the finalist with other weights, or as it was where these are no better, or not finite."""
+    if not judged.loss < finalist.result.loss:
+        return finalist
+    # Latency does not depend on weights: it is that of the plan.
+    result = replace(
+        finalist.result,
+        loss=judged.loss,
+        agreement=judged.agreement,
+        accuracy=judged.accuracy,
+        source=source,
+    )
+    return Finalist(result=result, student=student)
 
 
 def _save(context: Context, folder: Path, finalist: Finalist) -> None:
@@ -222,30 +221,3 @@ def _load(context: Context, folder: Path) -> Finalist | None:
     student = load_student(folder, model=assemble(context.teacher.model, {}))
     result = PlanResult.from_json(read_json(folder / "result.json"))
     return Finalist(result=result, student=student.model.requires_grad_(False))
-
-
-def _choose(context: Context, ready: Sequence[Finalist], missed: list[PlanResult]) -> Finalist | None:
-    """Return the best that meets the budget when measured once more, with that latency.
-
-    Those that do not are added to `missed`, with theirs.
-    """
-    for finalist in sorted(ready, key=lambda f: f.result.loss):
-        ms, most = _last_latency(context, finalist)
-        if _meets(context.budget_ms, ms, most):
-            return replace(finalist, result=replace(finalist.result, latency_ms=ms))
-        missed.append(replace(finalist.result, latency_ms=ms))
-        context.reporter.note(
-            f"measured again: {ms:.3g} ms, up to {most:.3g} ms, over the budget; the next best is taken"
-        )
-    return None
-
-
-def _last_latency(context: Context, finalist: Finalist) -> tuple[float, float]:
-    """Measure a plan's student alone beside the teacher, once: a search that is started again has the same winner."""
-    stored: dict[str, tuple[float, float]] = context.run.load("last_latency") or {}
-    key = finalist.result.plan.key  # it does not depend on weights
-    if key not in stored:
-        (stored[key],) = context.evaluator.final_latency({"student": finalist.student}).values()
-        context.run.store("last_latency", stored)
-    ms, most = stored[key]
-    return ms, most

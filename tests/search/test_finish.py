@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from mixerzoo.plan import Candidate, Plan
+from mixerzoo.progress import Reporter
 from mixerzoo_search import finish as finishing
 from mixerzoo_search.evaluate import PlanResult
 from mixerzoo_search.finish import MEASURED, REFITTED, SURELY
@@ -29,14 +30,15 @@ def context(tmp_path, monkeypatch):
         run=RunDirectory(tmp_path / "run"),
         teacher=SimpleNamespace(model=None),
         evaluator=SimpleNamespace(modules=lambda plan: plan),
+        reporter=Reporter(quiet=True),
         again={},
         measured=[],
     )
     (tmp_path / "run").mkdir()
 
-    def final_latency(students):
-        found.measured.append(list(students))
-        return {name: found.again.get(name, (4.0, 4.1)) for name in students}
+    def final_latency(student):
+        found.measured.append(student.key)
+        return found.again.get(student.key, (4.0, 4.1))
 
     found.evaluator.final_latency = final_latency
     return found
@@ -53,19 +55,35 @@ def test_what_misses_when_measured_again_goes_no_further(context):
     again = {0: (5.01, 5.02), 1: (4.9, within), 2: (4.9, 1.01 * SURELY * LIMIT)}
     context.again = {results[number].plan.key: found for number, found in again.items()}
     assert finalists(context, results) == ([1.0, 3.0, 4.0, 5.0], [0.0, 2.0])
-    assert [len(names) for names in context.measured] == [MEASURED]
+    assert context.measured == [r.plan.key for r in results[: 2 + REFITTED]]
     assert finalists(context, results) == ([1.0, 3.0, 4.0, 5.0], [0.0, 2.0])  # decided once
-    assert len(context.measured) == 1
+    assert len(context.measured) == 2 + REFITTED
 
 
-def test_further_plans_are_measured_until_there_are_enough(context):
+def test_there_is_an_end_to_measuring(context):
     results = [result(number) for number in range(20)]
-    context.again = {r.plan.key: (5.5, 5.6) for r in results[:9]}
+    context.again = {r.plan.key: (5.5, 5.6) for r in results[: MEASURED - 2]}
     meets, misses = finalists(context, results)
-    assert meets == [9.0, 10.0, 11.0, 12.0]
-    assert misses == [float(number) for number in range(9)]
-    assert [len(names) for names in context.measured] == [MEASURED, MEASURED]
-    assert len(meets) == REFITTED
+    assert meets == [MEASURED - 2, MEASURED - 1]
+    assert misses == [float(number) for number in range(MEASURED - 2)]
+
+
+def test_a_killed_search_measures_only_what_it_had_not(context):
+    results = [result(number) for number in range(20)]
+    measure, left = context.evaluator.final_latency, [3]
+
+    def killed(student):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return measure(student)
+
+    context.evaluator.final_latency = killed
+    with pytest.raises(KeyboardInterrupt):
+        finalists(context, results)
+    context.evaluator.final_latency = measure
+    assert finalists(context, results) == ([0.0, 1.0, 2.0, 3.0], [])
+    assert context.measured == [r.plan.key for r in results[:REFITTED]]
 
 
 def test_what_was_over_the_limit_before_is_not_measured(context):
