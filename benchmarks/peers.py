@@ -26,7 +26,7 @@ from mixerzoo.errors import MixerzooError
 from mixerzoo.finetune import Recipe, train
 from mixerzoo.hosts import count_params
 from mixerzoo.latency import Conditions, Rounds, Stopwatch, default_threads, threads
-from mixerzoo_search.context import TEST_IMAGES, VALIDATION_IMAGES
+from mixerzoo_search.image_parts import FINAL_IMAGES, TEST_IMAGES
 from mixerzoo_search.settings import Budget
 
 QUICK_IMAGES, QUICK_JUDGED, QUICK_MINUTES = 64, 60, 0.03
@@ -45,7 +45,7 @@ def open_ground(
 ) -> Ground:
     """Return what all students of a teacher are made from and judged by."""
     splits = place.data.splits
-    limits = (QUICK_JUDGED, QUICK_JUDGED) if quick else (VALIDATION_IMAGES, TEST_IMAGES)
+    limits = (QUICK_JUDGED, QUICK_JUDGED) if quick else (FINAL_IMAGES, TEST_IMAGES)
     stopwatch = Stopwatch(place.teacher, Conditions(threads=threads))
     short = {"tries": QUICK_ROUNDS, "confirm": QUICK_ROUNDS, "final": QUICK_ROUNDS} if quick else {}
     return Ground(

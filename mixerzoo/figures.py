@@ -16,7 +16,7 @@ from mixerzoo.student_source import Source
 CONFIG_FILE = "config.json"
 RESULT_FILE = "result.json"
 FAR_FILE, PRUNE_FILE = "far.json", "prune.json"
-TEST, VALIDATION = "test", "validation"
+TEST, STUDY = "test", "study"
 CONDITIONS = ("device", "device_name", "threads", "dtype", "batch_size", "runtime")
 
 
@@ -33,7 +33,7 @@ class Figures:
         teacher_accuracy: of the teacher, on the same images.
         teacher_ms: latency of the teacher, under the same conditions.
         teacher_params: parameters of the teacher.
-        part: which images: `test`, or `validation`, which the student was chosen on.
+        part: which images: `test`, or `study`, which students are compared on in a search.
         data: what `--data` was.
         data_fingerprint: beginning of the data's hash.
         teacher_fingerprint: beginning of the hash of the teacher's weights.
@@ -162,8 +162,8 @@ def _of_result(source: Source, known: Figures, result: Mapping[str, Any]) -> Fig
             }
         return _with(known, _row(judged) | found)
     if isinstance(result.get("plan"), dict):
-        # A teacher's accuracy on validation images is in no file.
-        return _with(replace(known, part=VALIDATION, teacher_accuracy=None), _row(result))
+        # A teacher's accuracy on these images is in no file.
+        return _with(replace(known, part=STUDY, teacher_accuracy=None), _row(result))
     return known
 
 

@@ -168,7 +168,7 @@ def test_a_finalist_was_judged_on_other_images(here):
     assert found["students"][1]["accuracy"] == 0.85
     assert found["students"][1]["teacher_accuracy"] is None
     (note,) = found["notes"]
-    assert note == ("accuracy and agreement do not compare: images test (one), validation (abc-refit)")
+    assert note == ("accuracy and agreement do not compare: images test (one), study (abc-refit)")
 
 
 def test_a_folder_without_figures_has_a_size_and_parameters(here):

@@ -20,7 +20,7 @@ from mixerzoo.listing import families, length
 from mixerzoo.registry import get_registry, temporary_plugin
 from mixerzoo.testing import run_checks
 from mixerzoo_mixers import _grid
-from mixerzoo_search import context
+from mixerzoo_search import image_parts
 
 ROOT = Path(__file__).parent.parent
 CLI = ROOT / "docs" / "cli.md"
@@ -312,8 +312,9 @@ def test_every_key_of_the_summary_is_described():
 
 def test_the_numbers_of_images_are_those_of_the_code():
     text = " ".join(HOW.read_text(encoding="utf-8").split())
-    assert f"{context.VALIDATION_IMAGES} validation images at most" in text
-    assert f"{context.TEST_IMAGES} test images at most" in text
+    assert f"{image_parts.SCORE_IMAGES} score candidates and {image_parts.STUDY_IMAGES} others" in text
+    assert f"{image_parts.FINAL_IMAGES} validation images at most" in text
+    assert f"{image_parts.TEST_IMAGES} test images at most" in text
     splits = shuffled_splits(100)
     for name, indices in vars(splits).items():
         assert f"| {name} | {len(indices)} % |" in text

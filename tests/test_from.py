@@ -125,7 +125,7 @@ def test_another_budget_measures_and_distils_nothing_again(again, first, work, p
         over = trial.constraints["latency_over_budget_ms"]
         assert over == pytest.approx(trial.values[1] - result.summary["budget_ms"])
     assert len(new) == len(taken) + 3
-    assert len(work["evaluated"]) == 3
+    assert len(work["evaluated"]) >= 3  # and what is solved for again
     assert not {json.dumps(plan.to_json(), sort_keys=True) for plan in work["evaluated"]} & set(old)
     # The fastest plan, three trials, and the finalists.
     assert work["timed"] < 30

@@ -23,12 +23,9 @@ from mixerzoo.score import Judge
 from mixerzoo_search.candidates import CandidateLibrary, Pair, wider_widths
 from mixerzoo_search.evaluate import Evaluator
 from mixerzoo_search.finetuning.images import PreparedImages
+from mixerzoo_search.image_parts import ImageParts
 from mixerzoo_search.run_directory import RunDirectory
 from mixerzoo_search.settings import Settings
-
-SCORE_IMAGES = 96  # to rank candidates; scoring each of them is where most of a search's images go
-VALIDATION_IMAGES = 200
-TEST_IMAGES = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,20 +124,30 @@ class Context:
         """All images that there are to distil on: those that the closed forms saw are fitted too well to teach."""
         return PreparedImages(self.data, self.data.splits.calibration, self.teacher.image)
 
-    @cached_property
-    def score_judge(self) -> Judge:
-        """Judges candidates, one site replaced, on some of the validation images."""
-        return self.make_judge(self.data.splits.validation[:SCORE_IMAGES])
+    @property
+    def image_parts(self) -> ImageParts:
+        """Indices of the images that students are judged on, each part for what it serves."""
+        return ImageParts.of(self.data.splits, len(self.calibration))
 
     @cached_property
-    def judge(self) -> Judge:
-        """Judges students on the validation images: everything is chosen on these."""
-        return self.make_judge(self.data.splits.validation[:VALIDATION_IMAGES])
+    def score_judge(self) -> Judge:
+        """Judges candidates, one site replaced."""
+        return self.make_judge(self.image_parts.scores)
+
+    @cached_property
+    def study_judge(self) -> Judge:
+        """Compares students with each other."""
+        return self.make_judge(self.image_parts.study)
+
+    @cached_property
+    def final_judge(self) -> Judge:
+        """Judges what is done to students that were chosen by the others: these have flattered them."""
+        return self.make_judge(self.image_parts.final)
 
     @cached_property
     def test_judge(self) -> Judge:
-        """Judges students on the test images: nothing is chosen on these."""
-        return self.make_judge(self.data.splits.test[:TEST_IMAGES])
+        """Judges students for the reader: nothing is chosen by it."""
+        return self.make_judge(self.image_parts.test)
 
     def make_judge(self, indices: Sequence[int]) -> Judge:
         """Return a judge on the given images; labels that cannot be the teacher's classes are left out."""
@@ -158,7 +165,7 @@ class Context:
     @cached_property
     def evaluator(self) -> Evaluator:
         """Stitches, judges and times plans."""
-        return Evaluator(self.library, self.judge, self.stopwatch, base_ms=self.teacher_ms)
+        return Evaluator(self.library, self.study_judge, self.stopwatch, base_ms=self.teacher_ms)
 
     @cached_property
     def letters(self) -> dict[str, str]:

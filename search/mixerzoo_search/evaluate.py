@@ -31,7 +31,7 @@ class PlanResult:
 
     Attributes:
         plan: the plan.
-        loss: against the teacher, on the validation images.
+        loss: against the teacher, on the study images.
         agreement: share of the teacher's answers, in [0, 1].
         accuracy: share of right answers, or None.
         latency_ms: measured, on the scale of the teacher's latency at the start of the run.

@@ -14,7 +14,6 @@ from mixerzoo.files import read_json, write_json
 from mixerzoo.finetune import finetune
 from mixerzoo.hosts import assemble
 from mixerzoo.refit import refit
-from mixerzoo.score import Evaluation
 from mixerzoo.student import Student, load_student, save_student
 from mixerzoo_search.additive import AdditiveModel
 from mixerzoo_search.context import Context
@@ -35,10 +34,17 @@ ATTEMPTS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Finalist:
-    """A plan on its way to be the winner."""
+    """A plan on its way to be the winner.
+
+    Attributes:
+        result: its figures, comparable with those of all other plans.
+        student: with the best weights so far.
+        loss: on images that its plan was not chosen on. What is done to it is decided by this.
+    """
 
     result: PlanResult
     student: nn.Module
+    loss: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +92,7 @@ def finish(context: Context, results: Sequence[PlanResult], model: AdditiveModel
         ready, tuning = _in_rounds(context, ready)
         made |= {f.result: None for f in ready}
     return Outcome(
-        best=min(ready, key=lambda f: f.result.loss, default=None),
+        best=min(ready, key=lambda f: f.loss, default=None),
         results=[*further, *(result for result in made if result.source in ("refit", "finetuned"))],
         finetuning=tuning,
     )
@@ -135,8 +141,9 @@ def _refitted(context: Context, result: PlanResult) -> Finalist:
     enough = max(2, -(-REFIT_TOKENS // (teacher.sites[0].tokens * len(batches[0]))))
     with context.reporter.phase("sequential refit", len(teacher.sites)) as report:
         student = refit(teacher, modules, mixers, batches[:enough], on_site=report)
-    finalist = Finalist(result=result, student=assemble(teacher.model, evaluator.modules(result.plan)))
-    finalist = _better(finalist, student, context.judge.evaluate(student), source="refit")
+    stitched = assemble(teacher.model, evaluator.modules(result.plan))
+    before = Finalist(result=result, student=stitched, loss=context.final_judge.evaluate(stitched).loss)
+    finalist = _better(context, before, student, source="refit")
     _save(context, folder, finalist)
     return finalist
 
@@ -155,7 +162,7 @@ def _in_rounds(context: Context, ready: Sequence[Finalist]) -> tuple[list[Finali
         last, played = halving.halve(
             entries,
             60 * context.settings.finetune_minutes,
-            loss=lambda finalist: finalist.result.loss,
+            loss=lambda finalist: finalist.loss,
             tune=tune,
             on_round=lambda played: context.run.store("finetuning", halving.summary(played)),
         )
@@ -188,16 +195,18 @@ def _finetuned(
         on_progress=on_progress,
     )
     if tuned is not finalist.student:
-        finalist = _better(finalist, tuned, context.judge.evaluate(tuned), source="finetuned")
+        finalist = _better(context, finalist, tuned, source="finetuned")
     _save(context, folder, finalist)
     remove_checkpoint(folder)
     return finalist
 
 
-def _better(finalist: Finalist, student: nn.Module, judged: Evaluation, *, source: str) -> Finalist:
+def _better(context: Context, finalist: Finalist, student: nn.Module, *, source: str) -> Finalist:
     """Return the finalist with other weights, or as it was where these are no better, or not finite."""
-    if not judged.loss < finalist.result.loss:
+    loss = context.final_judge.evaluate(student).loss
+    if not loss < finalist.loss:
         return finalist
+    judged = context.study_judge.evaluate(student)
     # Latency does not depend on weights: it is that of the plan.
     result = replace(
         finalist.result,
@@ -206,18 +215,21 @@ def _better(finalist: Finalist, student: nn.Module, judged: Evaluation, *, sourc
         accuracy=judged.accuracy,
         source=source,
     )
-    return Finalist(result=result, student=student)
+    return Finalist(result=result, student=student, loss=loss)
 
 
 def _save(context: Context, folder: Path, finalist: Finalist) -> None:
     """Write a finalist; `result.json` comes last, so that it only stands for a whole one."""
     save_student(folder, Student(plan=finalist.result.plan, model=finalist.student), context.teacher)
-    write_json(folder / "result.json", finalist.result.to_json())
+    write_json(folder / "result.json", finalist.result.to_json() | {"final_loss": finalist.loss})
 
 
 def _load(context: Context, folder: Path) -> Finalist | None:
     if not (folder / "result.json").exists():
         return None
     student = load_student(folder, model=assemble(context.teacher.model, {}))
-    result = PlanResult.from_json(read_json(folder / "result.json"))
-    return Finalist(result=result, student=student.model.requires_grad_(False))
+    found = read_json(folder / "result.json")
+    loss = found.pop("final_loss")
+    return Finalist(
+        result=PlanResult.from_json(found), student=student.model.requires_grad_(False), loss=loss
+    )

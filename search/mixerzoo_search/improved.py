@@ -72,7 +72,7 @@ def closing_lines(figures: Mapping[str, Any], path: Path) -> list[str]:
 
 def judged(context: Context, student: nn.Module) -> tuple[Evaluation, Evaluation]:
     """Return the figures on validation and on test images."""
-    return context.judge.evaluate(student), context.test_judge.evaluate(student)
+    return context.final_judge.evaluate(student), context.test_judge.evaluate(student)
 
 
 def model_card(teacher: Teacher, found: Improved, *, title: str, done: str, in_vain: str) -> str:

@@ -68,9 +68,9 @@ def plan_row(result: PlanResult, test: Evaluation | None = None) -> dict[str, An
 
 
 def summarize(context: Context, findings: Findings) -> dict[str, Any]:
-    """Return the summary: the teacher and the winner on test images, the frontier on validation images."""
+    """Return the summary: the teacher and the winner on test images, the frontier on study images."""
     teacher, best, results = context.teacher, findings.outcome.best, findings.all_results
-    worst = constant_loss(context.judge, classifier=teacher.classifier)
+    worst = constant_loss(context.study_judge, classifier=teacher.classifier)
     points = [(r.latency_ms / context.teacher_ms, r.loss / worst) for r in results]
     wall_s = context.run.wall_s()
     return {

@@ -6,6 +6,7 @@ import pytest
 
 from mixerzoo.plan import Candidate, Plan
 from mixerzoo.progress import Reporter
+from mixerzoo.score import Evaluation
 from mixerzoo_search import finish as finishing
 from mixerzoo_search.evaluate import PlanResult
 from mixerzoo_search.finish import MEASURED, REFITTED, SURELY
@@ -90,3 +91,37 @@ def test_what_was_over_the_limit_before_is_not_measured(context):
     assert finalists(context, [result(0, ms=5.1), result(1, ms=6.0)]) == ([], [])
     assert context.measured == []
     assert finalists(context, [result(0, ms=5.1), result(1), result(2)]) == ([1.0, 2.0], [])
+
+
+# What is done to a finalist
+
+
+class Judge:
+    """A loss by name of the student."""
+
+    def __init__(self, losses):
+        self.losses = losses
+
+    def evaluate(self, student):
+        return Evaluation(loss=self.losses[student], agreement=0.5, accuracy=0.25)
+
+
+def better(before, after, *, study=0.3):
+    """Return a finalist, and what becomes of it; the new weights have these losses on final and study images."""
+    context = SimpleNamespace(final_judge=Judge({"new": after}), study_judge=Judge({"new": study}))
+    old = finishing.Finalist(result=result(0.1), student="old", loss=before)
+    return old, finishing._better(context, old, "new", source="refit")
+
+
+def test_what_is_worse_where_the_plan_was_chosen_but_better_elsewhere_is_taken():
+    old, found = better(0.12, 0.09, study=0.3)
+    assert (found.student, found.loss) == ("new", 0.09)
+    assert found.result.loss == 0.3 > old.result.loss
+    assert (found.result.agreement, found.result.accuracy, found.result.source) == (0.5, 0.25, "refit")
+    assert found.result.latency_ms == old.result.latency_ms
+
+
+@pytest.mark.parametrize("after", [0.12, 0.2, float("nan")])
+def test_what_is_no_better_is_left(after):
+    old, found = better(0.12, after, study=0.0)
+    assert found is old

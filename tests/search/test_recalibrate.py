@@ -239,7 +239,9 @@ def test_where_no_plan_meets_the_budget_the_next_are_solved_for_with_corrected_l
     context.teacher.model = None
     monkeypatch.setattr(finishing, "assemble", lambda model, plan: plan)
     monkeypatch.setattr(
-        finishing, "_refitted", lambda context, result: Finalist(result=result, student=result.plan)
+        finishing,
+        "_refitted",
+        lambda context, result: Finalist(result=result, student=result.plan, loss=result.loss),
     )
     outcome = finish(context, results, model)
     assert outcome.best is not None
@@ -266,7 +268,9 @@ def test_room_below_the_budget_is_not_left_unused(context, monkeypatch):
     context.teacher.model = None
     monkeypatch.setattr(finishing, "assemble", lambda model, plan: plan)
     monkeypatch.setattr(
-        finishing, "_refitted", lambda _, result: Finalist(result=result, student=result.plan)
+        finishing,
+        "_refitted",
+        lambda _, result: Finalist(result=result, student=result.plan, loss=result.loss),
     )
     outcome = finish(context, results, model)
     assert outcome.best is not None

@@ -30,7 +30,6 @@ from mixerzoo.score import Evaluation, judge
 from mixerzoo.spec import Site
 from mixerzoo.student import Student, save_student
 from mixerzoo.tracking import Tracker
-from mixerzoo_search.context import TEST_IMAGES, VALIDATION_IMAGES
 from mixerzoo_search.far.images import TrainingImages, fitting_labels
 from mixerzoo_search.far.report import far_picture, model_card
 from mixerzoo_search.far.settings import FarSettings
@@ -45,6 +44,7 @@ from mixerzoo_search.far.training import (
     load_standing,
     save_standing,
 )
+from mixerzoo_search.image_parts import FINAL_IMAGES, TEST_IMAGES
 from mixerzoo_search.journal import RUN_ID
 from mixerzoo_search.run_directory import RunDirectory
 
@@ -120,7 +120,7 @@ class _Far:
         self.sites, self.reporter = sites, reporter
         splits = data.splits
         self.train = splits.calibration[: settings.images]
-        self.validation = splits.validation[:VALIDATION_IMAGES]
+        self.validation = splits.validation[:FINAL_IMAGES]
         self.test = splits.test[:TEST_IMAGES]
 
     def run(self, environment: Mapping[str, Any]) -> dict[str, Any]:

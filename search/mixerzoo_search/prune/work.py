@@ -52,7 +52,7 @@ class Work:
             teacher=context.teacher,
             student=student,
             batches=list(image_batches(context.data, indices, context.teacher.image)),
-            validation=context.judge,
+            validation=context.final_judge,
             test=context.test_judge,
             gauge=Gauge(by, context.teacher, stopwatch),
             reporter=context.reporter,

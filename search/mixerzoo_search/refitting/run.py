@@ -151,7 +151,7 @@ def _distilled(context: Context, student: Student, minutes: float) -> tuple[Stud
             student.model,
             context.training_images,
             seconds=60 * minutes,
-            evaluate=lambda model: context.judge.evaluate(model).loss,
+            evaluate=lambda model: context.final_judge.evaluate(model).loss,
             seed=context.settings.seed,
             on_progress=report,
         )

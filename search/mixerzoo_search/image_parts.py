@@ -1,0 +1,52 @@
+"""Which held-out images serve what in a search.
+
+Of thousands of plans, those that were chosen on some images do better there than anywhere else: an exact solver finds
+what the scores happened to favour. So candidates are scored on some images, students made of them are compared on
+others, and what few are left are refitted, distilled and chosen on images that nothing was chosen on before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mixerzoo.data import Splits
+
+SCORE_IMAGES = 200  # where most of the images of a search go: all candidates are judged on them
+STUDY_IMAGES = 200
+FINAL_IMAGES = 400
+TEST_IMAGES = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageParts:
+    """Indices of images.
+
+    Attributes:
+        scores: the teacher with one site replaced is judged on these.
+        study: students are compared on these, and the frontier is drawn on them.
+        final: what is done to a chosen student is decided on these, and which of a few is best.
+        test: nothing is chosen on these.
+    """
+
+    scores: tuple[int, ...]
+    study: tuple[int, ...]
+    final: tuple[int, ...]
+    test: tuple[int, ...]
+
+    @classmethod
+    def of(cls, splits: Splits, distilled: int) -> ImageParts:
+        """Share images out, where the first `distilled` of the calibration images are distilled on.
+
+        Scores and study take calibration images that nothing is solved on, and what these lack of the validation
+        images, half of them at most. Where that is too little, they share images; where it is nothing, all three do.
+        """
+        spare = splits.calibration[distilled:]
+        lacking = max(0, SCORE_IMAGES + STUDY_IMAGES - len(spare))
+        given = min(lacking, len(splits.validation) // 2)
+        seen = (*spare, *splits.validation[:given])[: SCORE_IMAGES + STUDY_IMAGES] or splits.validation
+        return cls(
+            scores=seen[:SCORE_IMAGES],
+            study=seen[-STUDY_IMAGES:],
+            final=splits.validation[given:][:FINAL_IMAGES],
+            test=splits.test[:TEST_IMAGES],
+        )

@@ -1,0 +1,51 @@
+"""Which held-out images serve what: disjoint where there are enough, and never those that are distilled on."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mixerzoo.data import Splits, shuffled_splits
+from mixerzoo_search.image_parts import FINAL_IMAGES, SCORE_IMAGES, STUDY_IMAGES, TEST_IMAGES, ImageParts
+
+
+def test_with_many_images_each_part_has_its_own():
+    splits = shuffled_splits(10_000)
+    parts = ImageParts.of(splits, 512)
+    assert (len(parts.scores), len(parts.study)) == (SCORE_IMAGES, STUDY_IMAGES)
+    assert parts.scores + parts.study == splits.calibration[512 : 512 + SCORE_IMAGES + STUDY_IMAGES]
+    assert parts.final == splits.validation[:FINAL_IMAGES]
+    assert parts.test == splits.test[:TEST_IMAGES]
+
+
+def test_where_all_calibration_images_are_distilled_on_half_of_the_validation_images_compare():
+    splits = shuffled_splits(1000)  # 600, 150, 250
+    parts = ImageParts.of(splits, 600)
+    assert parts.final == splits.validation[75:]
+    assert parts.study == splits.validation[:75]
+    assert parts.scores == splits.validation[:75]
+
+
+def test_what_the_spare_calibration_images_lack_comes_from_validation():
+    splits = shuffled_splits(1000)
+    spare = SCORE_IMAGES + STUDY_IMAGES - 10
+    parts = ImageParts.of(splits, 600 - spare)
+    assert parts.study[-10:] == splits.validation[:10]
+    assert parts.final == splits.validation[10:]
+
+
+def test_one_validation_image_serves_all_that_compares():
+    splits = Splits(calibration=(0, 1, 2), validation=(3,), test=(4,))
+    parts = ImageParts.of(splits, 3)
+    assert parts.scores == parts.study == parts.final == splits.validation
+
+
+@given(count=st.integers(20, 3000), distilled=st.integers(0, 2000))
+def test_no_image_serves_two_ends(count, distilled):
+    splits = shuffled_splits(count)
+    parts = ImageParts.of(splits, distilled)
+    assert min(map(len, vars(parts).values())) > 0
+    search = {*parts.scores, *parts.study}
+    used = {*splits.calibration[:distilled]}
+    groups = [search, {*parts.final}, {*parts.test}, used]
+    assert sum(map(len, groups)) == len(set.union(*groups))
+    if len(search) == SCORE_IMAGES + STUDY_IMAGES:
+        assert not {*parts.scores} & {*parts.study}
