@@ -11,6 +11,7 @@ from torch import nn
 from mixerzoo.errors import MixerzooError
 from mixerzoo.pairs import Pairs, forward, held_out_rows, inputs
 from mixerzoo.ridge import Gram, ridge, solve
+from mixerzoo.significance import is_clear
 from mixerzoo.targets import BLOCK, Drawn, Targets
 
 SEEN_TOKENS = 65_536  # that a mixer is run on for its readout to be solved
@@ -20,7 +21,6 @@ FADE = 0.9  # what a batch counts for, a step later
 SOLVED_EVERY = 4  # steps
 ENOUGH = 4  # rows a feature
 RUNNING_PENALTY = 1e-3
-CLEAR = 2.0  # standard errors that a classifier must gain on held-out images
 CHECKED = 4  # images on which a mixer's output is compared with its readout's
 
 
@@ -127,8 +127,7 @@ def solve_classifier(layer: nn.Linear, features: torch.Tensor, logits: torch.Ten
         (torch.addmm(b, x, w.T) - y).square().sum(1)
         for w, b in ((layer.weight, bias), (found.weight, found.bias))
     ]
-    gain = errors[0] - errors[1]
-    if len(gain) > 1 and float(gain.mean()) > CLEAR * float(gain.std()) / math.sqrt(len(gain)):
+    if is_clear(errors[0] - errors[1]):
         set_linear(layer, found.weight, found.bias)
 
 

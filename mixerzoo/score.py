@@ -96,6 +96,10 @@ class Judge:
         stages = self.teacher.host.stages(student)
         return torch.cat([run_stages(stages, states[first], first=first) for states in self._hidden])
 
+    def losses(self, student: nn.Module) -> torch.Tensor:
+        """Return a student's loss on each image, (n,)."""
+        return output_loss(self.outputs(student), self.target, classifier=self.teacher.classifier)
+
     def evaluate(self, student: nn.Module, *, first: int = 0) -> Evaluation:
         """Evaluate a student whose stages before `first` are the teacher's."""
         return judge(

@@ -85,7 +85,7 @@ def finalist(teacher, loss, mixer="pool"):
         plan=plan, loss=loss, agreement=0.5, accuracy=None, latency_ms=1.0, predicted_ms=1.0,
         predicted_loss=loss, params=1, source="refit",
     )  # fmt: skip
-    return finish.Finalist(result=result, student=teacher.model, loss=loss)
+    return finish.Finalist(result=result, student=teacher.model, losses=torch.tensor([loss]))
 
 
 def test_a_finish_goes_by_the_rounds_and_leaves_the_teacher_alone(monkeypatch):
@@ -101,12 +101,12 @@ def test_a_finish_goes_by_the_rounds_and_leaves_the_teacher_alone(monkeypatch):
     def tuned(context, finalist, this, evaluate, on_progress):
         asked.append((finalist.result.plan.replaced(), this.number, this.seconds))
         loss = 0.1 if "none@1" in str(finalist.result.plan.to_json()) else finalist.loss
-        return finish.replace(finalist, loss=loss)
+        return finish.replace(finalist, losses=torch.tensor([loss]))
 
     monkeypatch.setattr(finish, "_finetuned", tuned)
     ready = [finalist(teacher, 0.3), finalist(teacher, 0.5, "none"), finalist(teacher, 0.0, None)]
     last, tuning = finish._in_rounds(context, ready)
-    assert [f.loss for f in last] == [0.3, 0.1, 0.0]
+    assert [f.loss for f in last] == pytest.approx([0.3, 0.1, 0.0])
     assert [(number, seconds) for _, number, seconds in asked] == [(1, 15.0), (1, 15.0), (2, 30.0)]
     assert all(replaced for replaced, _, _ in asked)
     assert stored["finetuning"] == tuning

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from mixerzoo.checkpoint import remove_checkpoint
@@ -14,6 +16,7 @@ from mixerzoo.files import read_json, write_json
 from mixerzoo.finetune import finetune
 from mixerzoo.hosts import assemble
 from mixerzoo.refit import refit
+from mixerzoo.significance import is_clear
 from mixerzoo.student import Student, load_student, save_student
 from mixerzoo_search.additive import AdditiveModel
 from mixerzoo_search.context import Context
@@ -39,12 +42,18 @@ class Finalist:
     Attributes:
         result: its figures, comparable with those of all other plans.
         student: with the best weights so far.
-        loss: on images that its plan was not chosen on. What is done to it is decided by this.
+        losses: one an image (n,), on images that its plan was not chosen on. What is done to it is decided by these.
     """
 
     result: PlanResult
     student: nn.Module
-    loss: float
+    losses: torch.Tensor
+
+    @property
+    def loss(self) -> float:
+        """The mean; infinite where it is not finite."""
+        loss = float(self.losses.mean())
+        return loss if math.isfinite(loss) else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +151,11 @@ def _refitted(context: Context, result: PlanResult) -> Finalist:
     with context.reporter.phase("sequential refit", len(teacher.sites)) as report:
         student = refit(teacher, modules, mixers, batches[:enough], on_site=report)
     stitched = assemble(teacher.model, evaluator.modules(result.plan))
-    before = Finalist(result=result, student=stitched, loss=context.final_judge.evaluate(stitched).loss)
-    finalist = _better(context, before, student, source="refit")
+    before = Finalist(result=result, student=stitched, losses=context.final_judge.losses(stitched))
+    after = context.final_judge.losses(student)
+    finalist = before
+    if after.mean() < before.loss:  # not where it is NaN
+        finalist = _with(context, before, student, after, source="refit")
     _save(context, folder, finalist)
     return finalist
 
@@ -194,18 +206,19 @@ def _finetuned(
         checkpoint=folder,
         on_progress=on_progress,
     )
-    if tuned is not finalist.student:
-        finalist = _better(context, finalist, tuned, source="finetuned")
+    after = context.final_judge.losses(tuned)
+    # Its best state was chosen on these images: so it looks better on them than it is, and must be clearly better.
+    if is_clear(finalist.losses - after):
+        finalist = _with(context, finalist, tuned, after, source="finetuned")
     _save(context, folder, finalist)
     remove_checkpoint(folder)
     return finalist
 
 
-def _better(context: Context, finalist: Finalist, student: nn.Module, *, source: str) -> Finalist:
-    """Return the finalist with other weights, or as it was where these are no better, or not finite."""
-    loss = context.final_judge.evaluate(student).loss
-    if not loss < finalist.loss:
-        return finalist
+def _with(
+    context: Context, finalist: Finalist, student: nn.Module, losses: torch.Tensor, *, source: str
+) -> Finalist:
+    """Return the finalist with other weights."""
     judged = context.study_judge.evaluate(student)
     # Latency does not depend on weights: it is that of the plan.
     result = replace(
@@ -215,13 +228,13 @@ def _better(context: Context, finalist: Finalist, student: nn.Module, *, source:
         accuracy=judged.accuracy,
         source=source,
     )
-    return Finalist(result=result, student=student, loss=loss)
+    return Finalist(result=result, student=student, losses=losses)
 
 
 def _save(context: Context, folder: Path, finalist: Finalist) -> None:
     """Write a finalist; `result.json` comes last, so that it only stands for a whole one."""
     save_student(folder, Student(plan=finalist.result.plan, model=finalist.student), context.teacher)
-    write_json(folder / "result.json", finalist.result.to_json() | {"final_loss": finalist.loss})
+    write_json(folder / "result.json", finalist.result.to_json() | {"final_losses": _finite(finalist.losses)})
 
 
 def _load(context: Context, folder: Path) -> Finalist | None:
@@ -229,7 +242,11 @@ def _load(context: Context, folder: Path) -> Finalist | None:
         return None
     student = load_student(folder, model=assemble(context.teacher.model, {}))
     found = read_json(folder / "result.json")
-    loss = found.pop("final_loss")
+    losses = torch.tensor([math.nan if loss is None else loss for loss in found.pop("final_losses")])
     return Finalist(
-        result=PlanResult.from_json(found), student=student.model.requires_grad_(False), loss=loss
+        result=PlanResult.from_json(found), student=student.model.requires_grad_(False), losses=losses
     )
+
+
+def _finite(losses: torch.Tensor) -> list[float | None]:
+    return [loss if math.isfinite(loss) else None for loss in losses.tolist()]

@@ -43,7 +43,9 @@ class ImageParts:
         spare = splits.calibration[distilled:]
         lacking = max(0, SCORE_IMAGES + STUDY_IMAGES - len(spare))
         given = min(lacking, len(splits.validation) // 2)
-        seen = (*spare, *splits.validation[:given])[: SCORE_IMAGES + STUDY_IMAGES] or splits.validation
+        # The last of them: a teacher, too, may have been fitted on the first ones.
+        spare = spare[-(SCORE_IMAGES + STUDY_IMAGES) :]
+        seen = (*spare, *splits.validation[:given]) or splits.validation
         return cls(
             scores=seen[:SCORE_IMAGES],
             study=seen[-STUDY_IMAGES:],

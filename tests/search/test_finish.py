@@ -3,12 +3,14 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from mixerzoo.plan import Candidate, Plan
 from mixerzoo.progress import Reporter
 from mixerzoo.score import Evaluation
 from mixerzoo_search import finish as finishing
 from mixerzoo_search.evaluate import PlanResult
+from mixerzoo_search.finetuning import halving
 from mixerzoo_search.finish import MEASURED, REFITTED, SURELY
 from mixerzoo_search.run_directory import RunDirectory
 
@@ -96,32 +98,42 @@ def test_what_was_over_the_limit_before_is_not_measured(context):
 # What is done to a finalist
 
 
-class Judge:
-    """A loss by name of the student."""
+def test_distillation_must_be_clearly_better_where_its_best_state_was_chosen(tmp_path, monkeypatch):
+    old = torch.linspace(0.1, 0.3, 100)
+    noise = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    sides = {
+        "clear": old - 0.05 + 0.05 * noise,
+        "chance": old - 0.005 + 0.05 * noise,
+        "broken": old * float("nan"),
+    }
+    context = SimpleNamespace(
+        final_judge=SimpleNamespace(losses=sides.__getitem__),
+        study_judge=SimpleNamespace(evaluate=lambda _: Evaluation(loss=0.3, agreement=0.5, accuracy=0.25)),
+        run=RunDirectory(tmp_path),
+        settings=SimpleNamespace(seed=0, device="cpu"),
+        teacher=None,
+        training_images=None,
+    )
+    monkeypatch.setattr(finishing, "_save", lambda *_: None)
+    before = finishing.Finalist(result=result(0.1), student="old", losses=old)
+    assert before.loss == pytest.approx(0.2)
+    for name in sides:
+        monkeypatch.setattr(finishing, "finetune", lambda *_, name=name, **__: (name, None))
+        this = halving.Round(number=1, of=2, plans=2, seconds=1.0)
+        found = finishing._finetuned(context, before, this, lambda _: 0.0, lambda _: None)
+        if name != "clear":
+            assert found is before
+            continue
+        assert found.student == "clear"
+        assert found.loss == pytest.approx(float(sides["clear"].mean()))
+        # Comparable with all other plans, and worse there: they were chosen on these images.
+        assert found.result.loss == 0.3 > before.result.loss
+        assert (found.result.agreement, found.result.accuracy) == (0.5, 0.25)
+        assert found.result.source == "finetuned"
+        assert found.result.latency_ms == before.result.latency_ms
 
-    def __init__(self, losses):
-        self.losses = losses
 
-    def evaluate(self, student):
-        return Evaluation(loss=self.losses[student], agreement=0.5, accuracy=0.25)
-
-
-def better(before, after, *, study=0.3):
-    """Return a finalist, and what becomes of it; the new weights have these losses on final and study images."""
-    context = SimpleNamespace(final_judge=Judge({"new": after}), study_judge=Judge({"new": study}))
-    old = finishing.Finalist(result=result(0.1), student="old", loss=before)
-    return old, finishing._better(context, old, "new", source="refit")
-
-
-def test_what_is_worse_where_the_plan_was_chosen_but_better_elsewhere_is_taken():
-    old, found = better(0.12, 0.09, study=0.3)
-    assert (found.student, found.loss) == ("new", 0.09)
-    assert found.result.loss == 0.3 > old.result.loss
-    assert (found.result.agreement, found.result.accuracy, found.result.source) == (0.5, 0.25, "refit")
-    assert found.result.latency_ms == old.result.latency_ms
-
-
-@pytest.mark.parametrize("after", [0.12, 0.2, float("nan")])
-def test_what_is_no_better_is_left(after):
-    old, found = better(0.12, after, study=0.0)
-    assert found is old
+def test_a_student_that_breaks_down_on_the_final_images_comes_last():
+    broken = finishing.Finalist(result=result(0), student="", losses=torch.tensor([0.1, float("nan")]))
+    assert broken.loss == float("inf")
+    assert finishing._finite(broken.losses) == [pytest.approx(0.1), None]

@@ -11,7 +11,7 @@ def test_with_many_images_each_part_has_its_own():
     splits = shuffled_splits(10_000)
     parts = ImageParts.of(splits, 512)
     assert (len(parts.scores), len(parts.study)) == (SCORE_IMAGES, STUDY_IMAGES)
-    assert parts.scores + parts.study == splits.calibration[512 : 512 + SCORE_IMAGES + STUDY_IMAGES]
+    assert parts.scores + parts.study == splits.calibration[-SCORE_IMAGES - STUDY_IMAGES :]
     assert parts.final == splits.validation[:FINAL_IMAGES]
     assert parts.test == splits.test[:TEST_IMAGES]
 

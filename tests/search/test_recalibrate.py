@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from mixerzoo.plan import Candidate
 from mixerzoo.progress import Reporter
@@ -241,7 +242,9 @@ def test_where_no_plan_meets_the_budget_the_next_are_solved_for_with_corrected_l
     monkeypatch.setattr(
         finishing,
         "_refitted",
-        lambda context, result: Finalist(result=result, student=result.plan, loss=result.loss),
+        lambda context, result: Finalist(
+            result=result, student=result.plan, losses=torch.tensor([result.loss])
+        ),
     )
     outcome = finish(context, results, model)
     assert outcome.best is not None
@@ -270,7 +273,7 @@ def test_room_below_the_budget_is_not_left_unused(context, monkeypatch):
     monkeypatch.setattr(
         finishing,
         "_refitted",
-        lambda _, result: Finalist(result=result, student=result.plan, loss=result.loss),
+        lambda _, result: Finalist(result=result, student=result.plan, losses=torch.tensor([result.loss])),
     )
     outcome = finish(context, results, model)
     assert outcome.best is not None
