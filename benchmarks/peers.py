@@ -26,6 +26,7 @@ from mixerzoo.errors import MixerzooError
 from mixerzoo.finetune import Recipe, train
 from mixerzoo.hosts import count_params
 from mixerzoo.latency import Conditions, Rounds, Stopwatch, default_threads, threads
+from mixerzoo.significance import is_clear
 from mixerzoo_search.image_parts import FINAL_IMAGES, TEST_IMAGES
 from mixerzoo_search.settings import Budget
 
@@ -93,8 +94,11 @@ def _figures(problem: Problem, made: Made) -> Row:
             Recipe(seconds=60 * problem.minutes, seed=problem.seed),
             evaluate=lambda model: ground.validation.evaluate(model).loss,
         )
-        student = tuned.student
+        # As in a search: the best state was chosen on these images, and must be clearly better on them.
+        gains = ground.validation.losses(made.student) - ground.validation.losses(tuned.student)
+        student = tuned.student if is_clear(gains) else made.student
         finetuned = {
+            "kept": student is tuned.student,
             "seconds": round(tuned.seconds, 1),
             "steps": tuned.steps,
             "stopped": tuned.stopped,

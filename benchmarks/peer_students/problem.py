@@ -16,7 +16,7 @@ from mixerzoo.data import Dataset, image_batches, load_labels
 from mixerzoo.hosts import Teacher
 from mixerzoo.latency import Rounds, Stopwatch, Timing
 from mixerzoo.pruning.targets import ATTEMPTS, CLOSE, CONFIRM, TRIES
-from mixerzoo.score import Evaluation, Judge, judge
+from mixerzoo.score import Evaluation, Judge, judge, output_loss
 from mixerzoo_search.evaluate import FINAL
 from mixerzoo_search.finetuning.images import PreparedImages
 
@@ -47,6 +47,10 @@ class Exam:
     @torch.inference_mode()
     def _outputs(self, model: nn.Module) -> torch.Tensor:
         return torch.cat([model(batch) for batch in self.batches])
+
+    def losses(self, student: nn.Module) -> torch.Tensor:
+        """Return a student's loss on each image, (n,)."""
+        return output_loss(self._outputs(student), self.target, classifier=self.teacher.classifier)
 
     def evaluate(self, student: nn.Module) -> Evaluation:
         """Return a student's figures."""
