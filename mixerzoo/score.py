@@ -59,7 +59,8 @@ class Judge:
     """Evaluates students of one teacher on one set of images.
 
     The teacher's hidden state before every stage is kept, in float32: a student runs from its first changed
-    stage on.
+    stage on. That is a lot of memory where few students are judged, or none that begins as the teacher does:
+    with `prefixes=False` only the images are kept, and every student runs from the first stage on.
     """
 
     @torch.inference_mode()
@@ -69,6 +70,7 @@ class Judge:
         batches: Iterable[torch.Tensor],
         labels: torch.Tensor | None,
         *,
+        prefixes: bool = True,
         on_batch: Callable[[int], None] = lambda done: None,
     ) -> None:
         self.teacher = teacher
@@ -81,7 +83,7 @@ class Judge:
             for stage in stages:
                 states.append(stage(states[-1]))
             outputs.append(states.pop())
-            self._hidden.append(states)
+            self._hidden.append(states if prefixes else states[:1])
             on_batch(done + 1)
         self.target = torch.cat(outputs)
 
@@ -94,7 +96,8 @@ class Judge:
     def outputs(self, student: nn.Module, *, first: int = 0) -> torch.Tensor:
         """Return the student's outputs (B, C); its stages before `first` are the teacher's."""
         stages = self.teacher.host.stages(student)
-        return torch.cat([run_stages(stages, states[first], first=first) for states in self._hidden])
+        kept = min(first, len(self._hidden[0]) - 1)
+        return torch.cat([run_stages(stages, states[kept], first=kept) for states in self._hidden])
 
     def losses(self, student: nn.Module) -> torch.Tensor:
         """Return a student's loss on each image, (n,)."""

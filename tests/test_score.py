@@ -163,3 +163,18 @@ def test_batches_are_counted():
     seen = []
     Judge(tiny.tiny_teacher(), tiny.tiny_batches(COUNT, batch_size=5), None, on_batch=seen.append)
     assert seen == [1, 2, 3]
+
+
+def test_without_prefixes_a_student_is_judged_the_same_from_the_images():
+    teacher = tiny.tiny_teacher()
+    kept, lean = (
+        Judge(teacher, tiny.tiny_batches(COUNT), None, prefixes=prefixes) for prefixes in (True, False)
+    )
+    last = teacher.sites[-1]
+    modules = {last.name: Replacement(Half(), last, masks=False)}
+    student = assemble(teacher.model, modules)
+    expected = kept.outputs(student, first=last.stage)
+    assert torch.allclose(lean.outputs(student, first=last.stage), expected, atol=1e-5)
+    assert lean.evaluate_modules(modules).loss == pytest.approx(kept.evaluate_modules(modules).loss, rel=1e-4)
+    assert lean.losses(student).shape == (COUNT,)
+    assert sum(len(states) for states in lean._hidden) < sum(len(states) for states in kept._hidden)

@@ -142,19 +142,20 @@ class Context:
     @cached_property
     def final_judge(self) -> Judge:
         """Judges what is done to students that were chosen by the others: these have flattered them."""
-        return self.make_judge(self.image_parts.final)
+        return self.make_judge(self.image_parts.final, prefixes=False)
 
     @cached_property
     def test_judge(self) -> Judge:
         """Judges students for the reader: nothing is chosen by it."""
-        return self.make_judge(self.image_parts.test)
+        return self.make_judge(self.image_parts.test, prefixes=False)
 
-    def make_judge(self, indices: Sequence[int]) -> Judge:
+    def make_judge(self, indices: Sequence[int], *, prefixes: bool = True) -> Judge:
         """Return a judge on the given images; labels that cannot be the teacher's classes are left out."""
         labels = load_labels(self.data, indices)
         if labels is not None and not self._labels_fit(labels):
             labels = None
-        return Judge(self.teacher, image_batches(self.data, indices, self.teacher.image), labels)
+        batches = image_batches(self.data, indices, self.teacher.image)
+        return Judge(self.teacher, batches, labels, prefixes=prefixes)
 
     def _labels_fit(self, labels: torch.Tensor) -> bool:
         classes = int(getattr(self.teacher.model, "num_classes", 0))

@@ -104,9 +104,8 @@ class Evaluator:
         """Stitch, judge and time the plan's student."""
         modules = self.modules(plan)
         student = assemble(self.teacher.model, modules)
-        first = min(
-            (self.teacher.site(name).stage for name in modules), default=0
-        )  # before, it is the teacher
+        # Before its first changed stage the student is the teacher.
+        first = min((self.teacher.site(name).stage for name in modules), default=0)
         judged = self.judge.evaluate(student, first=first)
         predicted_ms = model.predict_ms(plan)
         timing = self.stopwatch.time({"student": student}, rounds=TRIAL)["student"]

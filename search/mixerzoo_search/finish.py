@@ -29,9 +29,7 @@ REFITTED = 4  # plans that are refitted, and distilled as a whole in rounds
 MEASURED = 12  # plans at most that are measured again to find those
 SURELY = 1.03  # a plan meets a limit that it does not exceed, and certainly not by so many times
 REFIT_TOKENS = 65_536  # tokens that a readout is solved on: more no longer change it
-STRICTER = (
-    0.97  # times the limit, where every plan misses it when measured again: the next must be this faster
-)
+STRICTER = 0.97  # times the limit, where every plan misses it when measured again
 ATTEMPTS = 8
 
 
