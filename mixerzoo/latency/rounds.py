@@ -24,7 +24,7 @@ ENOUGH = 0.25  # share of the rounds that must be quiet for both sides
 DISTURBED = 0.1  # least relative error where they were not
 BETWEEN = 3  # subjects between two timings of the reference
 # How long a subject runs untimed before each of its timings: what ran before it has taken its caches, and the first few
-# calls are up to a fifth slower than those that follow.
+# calls are slower than those that follow.
 SETTLE_MS = 20.0
 # The range of so few normal samples, times this, is a 95 % interval of their mean (Dean and Dixon 1951).
 FEW = {2: 12.7, 3: 2.61, 4: 1.43, 5: 1.02}

@@ -149,11 +149,10 @@ def _refitted(context: Context, result: PlanResult) -> Finalist:
     with context.reporter.phase("sequential refit", len(teacher.sites)) as report:
         student = refit(teacher, modules, mixers, batches[:enough], on_site=report)
     stitched = assemble(teacher.model, evaluator.modules(result.plan))
-    before = Finalist(result=result, student=stitched, losses=context.final_judge.losses(stitched))
+    finalist = Finalist(result=result, student=stitched, losses=context.final_judge.losses(stitched))
     after = context.final_judge.losses(student)
-    finalist = before
-    if after.mean() < before.loss:  # not where it is NaN
-        finalist = _with(context, before, student, after, source="refit")
+    if after.mean() < finalist.loss:  # not where it is NaN
+        finalist = _with(context, finalist, student, after, source="refit")
     _save(context, folder, finalist)
     return finalist
 
