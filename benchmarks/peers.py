@@ -27,7 +27,7 @@ from mixerzoo.finetune import Recipe, train
 from mixerzoo.hosts import count_params
 from mixerzoo.latency import Conditions, Rounds, Stopwatch, default_threads, threads
 from mixerzoo.significance import is_clear
-from mixerzoo_search.image_parts import FINAL_IMAGES, TEST_IMAGES
+from mixerzoo_search.image_parts import FINAL_IMAGES
 from mixerzoo_search.settings import Budget
 
 QUICK_IMAGES, QUICK_JUDGED, QUICK_MINUTES = 64, 60, 0.03
@@ -46,7 +46,7 @@ def open_ground(
 ) -> Ground:
     """Return what all students of a teacher are made from and judged by."""
     splits = place.data.splits
-    limits = (QUICK_JUDGED, QUICK_JUDGED) if quick else (FINAL_IMAGES, TEST_IMAGES)
+    limits = (QUICK_JUDGED, QUICK_JUDGED) if quick else (FINAL_IMAGES, None)  # sides are close to each other
     stopwatch = Stopwatch(place.teacher, Conditions(threads=threads))
     short = {"tries": QUICK_ROUNDS, "confirm": QUICK_ROUNDS, "final": QUICK_ROUNDS} if quick else {}
     return Ground(

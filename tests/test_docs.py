@@ -315,6 +315,7 @@ def test_the_numbers_of_images_are_those_of_the_code():
     assert f"{image_parts.SCORE_IMAGES} score candidates and {image_parts.STUDY_IMAGES} others" in text
     assert f"{image_parts.FINAL_IMAGES} validation images at most" in text
     assert f"{image_parts.TEST_IMAGES} test images at most" in text
+    assert f"{image_parts.REFIT_TOKENS:,} tokens" in text
     splits = shuffled_splits(100)
     for name, indices in vars(splits).items():
         assert f"| {name} | {len(indices)} % |" in text

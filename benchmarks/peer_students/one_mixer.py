@@ -17,7 +17,6 @@ from mixerzoo.refit import refit
 from mixerzoo.registry import get_registry
 from mixerzoo.student import make_replacement
 from mixerzoo_search.candidates import CandidateLibrary
-from mixerzoo_search.finish import REFIT_TOKENS
 from mixerzoo_search.making import make_all
 from peer_students.problem import Cannot, Made, Problem, fit
 from peer_students.slim import mlp_levels, narrow_mlp
@@ -104,8 +103,6 @@ def _solved(problem: Problem, plan: Mapping[str, Candidate]) -> tuple[nn.Module,
         modules[name] = make_replacement(chosen, teacher.site(name), shelf.state(entry))
     stitched = assemble(teacher.model, copy.deepcopy(modules))
     mixers = {name: chosen.mixer for name, chosen in plan.items()}
-    batches = ground.batches
-    enough = max(2, -(-REFIT_TOKENS // (teacher.sites[0].tokens * len(batches[0]))))
-    refitted = refit(teacher, modules, mixers, batches[:enough])
+    refitted = refit(teacher, modules, mixers, ground.refit_batches())
     losses = {"stitched": exam.evaluate(stitched).loss, "refitted": exam.evaluate(refitted).loss}
     return (refitted if losses["refitted"] <= losses["stitched"] else stitched), losses

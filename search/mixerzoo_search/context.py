@@ -23,7 +23,7 @@ from mixerzoo.score import Judge
 from mixerzoo_search.candidates import CandidateLibrary, Pair, wider_widths
 from mixerzoo_search.evaluate import Evaluator
 from mixerzoo_search.finetuning.images import PreparedImages
-from mixerzoo_search.image_parts import ImageParts
+from mixerzoo_search.image_parts import REFIT_TOKENS, ImageParts
 from mixerzoo_search.run_directory import RunDirectory
 from mixerzoo_search.settings import Settings
 
@@ -56,11 +56,6 @@ class Context:
     def calibration(self) -> tuple[int, ...]:
         """Indices of the images to distil on."""
         return self.data.splits.calibration[: self.settings.images]
-
-    @cached_property
-    def calibration_batches(self) -> list[torch.Tensor]:
-        """The images to distil on, prepared: (B, C, H, W) each."""
-        return list(image_batches(self.data, self.calibration, self.teacher.image))
 
     @cached_property
     def library(self) -> CandidateLibrary:
@@ -123,6 +118,12 @@ class Context:
     def training_images(self) -> PreparedImages:
         """All images that there are to distil on: those that the closed forms saw are fitted too well to teach."""
         return PreparedImages(self.data, self.data.splits.calibration, self.teacher.image)
+
+    @property
+    def refit_images(self) -> tuple[int, ...]:
+        """Indices of the images to refit a student on."""
+        enough = -(-REFIT_TOKENS // max(site.tokens for site in self.teacher.sites))
+        return self.image_parts.refit[:enough]
 
     @property
     def image_parts(self) -> ImageParts:

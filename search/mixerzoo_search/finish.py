@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mixerzoo.checkpoint import remove_checkpoint
+from mixerzoo.data import image_batches
 from mixerzoo.files import read_json, write_json
 from mixerzoo.finetune import finetune
 from mixerzoo.hosts import assemble
@@ -28,7 +29,6 @@ from mixerzoo_search.recalibrate import solved_again
 REFITTED = 4  # plans that are refitted, and distilled as a whole in rounds
 MEASURED = 12  # plans at most that are measured again to find those
 SURELY = 1.03  # a plan meets a limit that it does not exceed, and certainly not by so many times
-REFIT_TOKENS = 65_536  # tokens that a readout is solved on: more no longer change it
 STRICTER = 0.97  # times the limit, where every plan misses it when measured again
 ATTEMPTS = 8
 
@@ -144,10 +144,9 @@ def _refitted(context: Context, result: PlanResult) -> Finalist:
     teacher, evaluator = context.teacher, context.evaluator
     modules = evaluator.modules(result.plan, fresh=True)
     mixers = {site: candidate.mixer for site, candidate in result.plan.choices}
-    batches = context.calibration_batches
-    enough = max(2, -(-REFIT_TOKENS // (teacher.sites[0].tokens * len(batches[0]))))
+    batches = image_batches(context.data, context.refit_images, teacher.image)
     with context.reporter.phase("sequential refit", len(teacher.sites)) as report:
-        student = refit(teacher, modules, mixers, batches[:enough], on_site=report)
+        student = refit(teacher, modules, mixers, batches, on_site=report)
     stitched = assemble(teacher.model, evaluator.modules(result.plan))
     finalist = Finalist(result=result, student=stitched, losses=context.final_judge.losses(stitched))
     after = context.final_judge.losses(student)

@@ -14,6 +14,8 @@ from mixerzoo.data import Splits
 SCORE_IMAGES = 200  # where most of the images of a search go: all candidates are judged on them
 STUDY_IMAGES = 200
 FINAL_IMAGES = 400
+# Images of so many tokens are refitted on. More still help a little; each is a pass of the teacher and of the student.
+REFIT_TOKENS = 131_072
 TEST_IMAGES = 500
 
 
@@ -24,12 +26,14 @@ class ImageParts:
     Attributes:
         scores: the teacher with one site replaced is judged on these.
         study: students are compared on these, and the frontier is drawn on them.
+        refit: students are refitted on the first of these, which may have been distilled on.
         final: what is done to a chosen student is decided on these, and which of a few is best.
         test: nothing is chosen on these.
     """
 
     scores: tuple[int, ...]
     study: tuple[int, ...]
+    refit: tuple[int, ...]
     final: tuple[int, ...]
     test: tuple[int, ...]
 
@@ -49,6 +53,7 @@ class ImageParts:
         return cls(
             scores=seen[:SCORE_IMAGES],
             study=seen[-STUDY_IMAGES:],
+            refit=splits.calibration[: len(splits.calibration) - len(spare)],
             final=splits.validation[given:][:FINAL_IMAGES],
             test=splits.test[:TEST_IMAGES],
         )

@@ -12,6 +12,7 @@ def test_with_many_images_each_part_has_its_own():
     parts = ImageParts.of(splits, 512)
     assert (len(parts.scores), len(parts.study)) == (SCORE_IMAGES, STUDY_IMAGES)
     assert parts.scores + parts.study == splits.calibration[-SCORE_IMAGES - STUDY_IMAGES :]
+    assert parts.refit == splits.calibration[: -SCORE_IMAGES - STUDY_IMAGES]
     assert parts.final == splits.validation[:FINAL_IMAGES]
     assert parts.test == splits.test[:TEST_IMAGES]
 
@@ -38,14 +39,15 @@ def test_one_validation_image_serves_all_that_compares():
     assert parts.scores == parts.study == parts.final == splits.validation
 
 
-@given(count=st.integers(20, 3000), distilled=st.integers(0, 2000))
+@given(count=st.integers(20, 3000), distilled=st.integers(1, 2000))
 def test_no_image_serves_two_ends(count, distilled):
     splits = shuffled_splits(count)
     parts = ImageParts.of(splits, distilled)
     assert min(map(len, vars(parts).values())) > 0
     search = {*parts.scores, *parts.study}
-    used = {*splits.calibration[:distilled]}
+    used = {*splits.calibration[:distilled], *parts.refit}
     groups = [search, {*parts.final}, {*parts.test}, used]
     assert sum(map(len, groups)) == len(set.union(*groups))
+    assert {*splits.calibration[:distilled]} <= {*parts.refit}
     if len(search) == SCORE_IMAGES + STUDY_IMAGES:
         assert not {*parts.scores} & {*parts.study}

@@ -25,7 +25,7 @@ from mixerzoo.refit import refit_student
 from mixerzoo.score import Evaluation, Judge
 from mixerzoo.shrink import Choose, largest
 from mixerzoo.student import Student
-from mixerzoo_search.finish import REFIT_TOKENS
+from mixerzoo_search.image_parts import REFIT_TOKENS
 
 Row = Callable[[dict[str, Any]], None]
 

@@ -21,7 +21,6 @@ from mixerzoo.student import Student
 from mixerzoo.tracking import Tracker, is_there
 from mixerzoo_search import improved
 from mixerzoo_search.context import Context
-from mixerzoo_search.finish import REFIT_TOKENS
 from mixerzoo_search.improved import (
     Improved,
     fill_folder,
@@ -73,7 +72,7 @@ def refit_run(
         path: the run directory.
         plan: a plan, whose weights come from the run's library, or the folder of a student.
         minutes: wall time for gradient steps after the closed form, on all weights of the student together.
-        images: calibration images; as many of the run's as a readout needs unless given.
+        images: calibration images; as many as a search takes unless given.
         out: folder to write, `refit` in the run directory unless given; an earlier refit there is replaced.
         tracking_uri: MLflow store that the run was logged to.
         model: the teacher, for runs that were given an object.
@@ -113,8 +112,7 @@ def _refit(
 ) -> tuple[Student, Refitted]:
     """Refit and distil the student; return it, or what it was where its validation loss does not fall."""
     teacher, data = context.teacher, context.data
-    enough = -(-REFIT_TOKENS // max(site.tokens for site in teacher.sites))
-    chosen = data.splits.calibration[: images or min(enough, context.settings.images)]
+    chosen = context.refit_images if images is None else data.splits.calibration[:images]
     mixers = {site: choice.mixer for site, choice in student.plan.choices if not choice.is_keep}
     before = judged(context, student.model)
     state = {name: tensor.clone() for name, tensor in student.model.state_dict().items()}
