@@ -19,7 +19,7 @@ from mixerzoo.pruning.targets import ATTEMPTS, CLOSE, CONFIRM, TRIES
 from mixerzoo.score import Evaluation, Judge, judge, output_loss
 from mixerzoo_search.evaluate import FINAL
 from mixerzoo_search.finetuning.images import PreparedImages
-from mixerzoo_search.image_parts import REFIT_TOKENS, ImageParts
+from mixerzoo_search.image_parts import ImageParts, enough_to_refit
 
 FEW = 64  # validation images, where many students are to be judged
 MEMORY_GIB = 1.0  # of the teacher's activations; more of them are kept in files
@@ -126,8 +126,8 @@ class Ground:
     def refit_batches(self) -> Iterator[torch.Tensor]:
         """Yield the images that a search refits its students on, prepared."""
         parts = ImageParts.of(self.data.splits, len(self.indices))
-        enough = -(-REFIT_TOKENS // max(site.tokens for site in self.teacher.sites))
-        return image_batches(self.data, parts.refit[:enough], self.teacher.image)
+        chosen = parts.refit[: enough_to_refit(self.teacher.sites)]
+        return image_batches(self.data, chosen, self.teacher.image)
 
     @cached_property
     def training_images(self) -> PreparedImages:

@@ -23,7 +23,7 @@ from mixerzoo.score import Judge
 from mixerzoo_search.candidates import CandidateLibrary, Pair, wider_widths
 from mixerzoo_search.evaluate import Evaluator
 from mixerzoo_search.finetuning.images import PreparedImages
-from mixerzoo_search.image_parts import REFIT_TOKENS, ImageParts
+from mixerzoo_search.image_parts import ImageParts, enough_to_refit
 from mixerzoo_search.run_directory import RunDirectory
 from mixerzoo_search.settings import Settings
 
@@ -122,8 +122,7 @@ class Context:
     @property
     def refit_images(self) -> tuple[int, ...]:
         """Indices of the images to refit a student on."""
-        enough = -(-REFIT_TOKENS // max(site.tokens for site in self.teacher.sites))
-        return self.image_parts.refit[:enough]
+        return self.image_parts.refit[: enough_to_refit(self.teacher.sites)]
 
     @property
     def image_parts(self) -> ImageParts:

@@ -7,9 +7,11 @@ others, and what few are left are refitted, distilled and chosen on images that 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mixerzoo.data import Splits
+from mixerzoo.spec import Site
 
 SCORE_IMAGES = 200  # where most of the images of a search go: all candidates are judged on them
 STUDY_IMAGES = 200
@@ -17,6 +19,11 @@ FINAL_IMAGES = 400
 # Images of so many tokens are refitted on. More still help a little; each is a pass of the teacher and of the student.
 REFIT_TOKENS = 131_072
 TEST_IMAGES = 500
+
+
+def enough_to_refit(sites: Iterable[Site]) -> int:
+    """Return how many images have the tokens that a student of a teacher with these sites is refitted on."""
+    return -(-REFIT_TOKENS // max(site.tokens for site in sites))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from mixerzoo.refit import refit_student
 from mixerzoo.score import Evaluation, Judge
 from mixerzoo.shrink import Choose, largest
 from mixerzoo.student import Student
-from mixerzoo_search.image_parts import REFIT_TOKENS
+from mixerzoo_search.image_parts import enough_to_refit
 
 Row = Callable[[dict[str, Any]], None]
 
@@ -113,8 +113,7 @@ class Pruner:
         """Return the student refitted in closed form, site by site."""
         mixers = {site: choice.mixer for site, choice in student.plan.choices if not choice.is_keep}
         model = copy.deepcopy(student.model)
-        enough = -(-REFIT_TOKENS // max(site.tokens for site in self.teacher.sites))
-        few = torch.cat(list(self.batches))[:enough].split(len(self.batches[0]))
+        few = torch.cat(list(self.batches))[: enough_to_refit(self.teacher.sites)].split(len(self.batches[0]))
         with self.reporter.phase("sequential refit", len(self.teacher.sites)) as report:
             refit_student(self.teacher, model, mixers, few, on_site=report)
         return Student(plan=student.plan, model=model)
