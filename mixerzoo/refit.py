@@ -1,4 +1,4 @@
-"""Sequential refit of a stitched student: student-forced, in order, in closed form, then by steps.
+"""Sequential refit of stitched students: student-forced, in order, in closed form, then by steps.
 
 Block-local candidates were solved on the teacher's activations; stitched together, their errors add up. Here
 the sites are solved once more, first to last. Each sees what the student really feeds it, and its target is the
@@ -9,7 +9,7 @@ the classifier.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,12 +22,36 @@ from mixerzoo.hosts import Replacement, Teacher, assemble
 from mixerzoo.pairs import evaluate
 from mixerzoo.readout import lower, solve_classifier, solve_readout
 from mixerzoo.registry import get_registry
-from mixerzoo.sides import Sides, SitePairs
+from mixerzoo.sides import SitePairs, StudentSide, TeacherSide
 from mixerzoo.spec import Site
 from mixerzoo.targets import Targets
 
 LEAST_GAIN = 1e-3  # of a layer scale, relative to its root mean square: below it a channel is left as it was
 TOGETHER = 2  # sites of one stage that the teacher's pass shows at once: a block's attention and its MLP
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stitched:
+    """A student to be refitted.
+
+    Attributes:
+        student: changed in place. Its other weights may differ from the teacher's.
+        mixers: site -> mixer name, of all its replaced sites, to look up their readouts.
+        first: stages of it before this one are the teacher's.
+    """
+
+    student: nn.Module
+    mixers: Mapping[str, str]
+    first: int = 0
+
+
+def stitch(teacher: Teacher, modules: Mapping[str, Replacement], mixers: Mapping[str, str]) -> Stitched:
+    """Put `modules`, site -> replacement, into a copy of the teacher, to be refitted; they will change with it."""
+    return Stitched(
+        student=assemble(teacher.model, modules),
+        mixers={site: mixers[site] for site in modules},
+        first=min((teacher.site(name).stage for name in modules), default=0),
+    )
 
 
 def refit(
@@ -41,87 +65,98 @@ def refit(
     seed: int = 0,
     on_site: Callable[[int], None] = lambda done: None,
 ) -> nn.Module:
-    """Put `modules` into a copy of the teacher, refit it in site order, and return it.
-
-    Args:
-        teacher: the teacher.
-        modules: site -> replacement; changed in place.
-        mixers: site -> mixer name, to look up its readout.
-        batches: calibration images, prepared; the last fifth of them is held out.
-        kept: whether the output layers of the teacher's own MLPs behind the first replaced site and the classifier
-            are solved again too; the student then has its own copies of them.
-        steps: gradient steps at each replaced site after the closed form, on what lies before the readout.
-        seed: of the order of the images in those steps.
-        on_site: called with the number of sites passed.
-    """
-    first = min((teacher.site(name).stage for name in modules), default=0)
-    names = {site: mixers[site] for site in modules}
-    student = assemble(teacher.model, modules)
-    refit_student(
-        teacher, student, names, batches, kept=kept, steps=steps, seed=seed, first=first, on_site=on_site
-    )
-    return student
+    """Put `modules`, site -> replacement, into a copy of the teacher, refit it, and return it; see `refit_students`."""
+    stitched = stitch(teacher, modules, mixers)
+    refit_students(teacher, [stitched], batches, kept=kept, steps=steps, seed=seed, on_site=on_site)
+    return stitched.student
 
 
 @torch.no_grad()
-def refit_student(
+def refit_students(
     teacher: Teacher,
-    student: nn.Module,
-    mixers: Mapping[str, str],
+    students: Sequence[Stitched],
     batches: Iterable[torch.Tensor],
     *,
     kept: bool = True,
     steps: int = 0,
     seed: int = 0,
-    first: int = 0,
     on_site: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Refit a student in place; its other weights may differ from the teacher's.
+    """Refit students in place, in site order, all beside one pass of the teacher.
 
     Args:
-        teacher: the teacher; no weight of it changes, also where the student shares them.
-        student: a student of it.
-        mixers: site -> mixer name, of all its replaced sites.
-        batches: see `refit`.
-        kept: see `refit`.
-        steps: see `refit`.
-        seed: see `refit`.
-        first: stages of the student before this one are the teacher's.
+        teacher: the teacher; no weight of it changes, also where students share them.
+        students: students of it, with replaced sites of their own.
+        batches: calibration images, prepared; the last fifth of them is held out.
+        kept: whether the output layers of the teacher's own MLPs behind the first replaced site and the classifier
+            are solved again too; a student then has its own copies of them.
+        steps: gradient steps at each replaced site after the closed form, on what lies before the readout.
+        seed: of the order of the images in those steps.
         on_site: called with the number of sites passed.
     """
-    sides = Sides(teacher, student, list(batches), first=first)
-    todo = {job.site.name: job for job in _jobs(teacher, student, mixers, kept=kept, steps=steps)}
-    last = max((job.site.stage for job in todo.values()), default=-1)
+    true = TeacherSide(teacher, batches)
     recipe = Recipe(steps=steps, seed=seed)
+    sides = [StudentSide(true, one.student, first=one.first) for one in students]
+    todo = [
+        {job.site.name: job for job in _jobs(teacher, one.student, one.mixers, kept=kept, steps=steps)}
+        for one in students
+    ]
+    last = max((job.site.stage for jobs in todo for job in jobs.values()), default=-1)
     passed = 0
-    for number in range(len(sides.stages)):
+    for number in range(len(true.stages)):
         here = [site for site in teacher.sites if site.stage == number]
-        left = [site for site in here if site.name in todo]
+        left = [site for site in here if any(site.name in jobs for jobs in todo)]
         goals: dict[str, list[torch.Tensor]] = {}
         for site in here:
             if site in left:
                 if site.name not in goals:
                     at = left.index(site)
-                    goals = sides.look(
+                    goals = true.look(
                         left[at : at + TOGETHER], whole=number < last and at + TOGETHER >= len(left)
                     )
-                _refit_site(todo[site.name], sides.pairs(site, goals.pop(site.name)), recipe)
+                _refit_at(site, sides, todo, goals.pop(site.name), recipe)
             passed += 1
             on_site(passed)
         if number < last:
-            sides.advance()
-    path = teacher.host.classifier_layer(student) if teacher.classifier else None
-    if kept and todo and path is not None:
-        _refit_classifier(sides, student.get_submodule(path))
+            _advance(true, sides)
+    path = teacher.host.classifier_layer(teacher.model) if teacher.classifier else None
+    if kept and last >= 0 and path is not None:
+        while true.number < len(true.stages) - 1:
+            _advance(true, sides)
+        logits = true.outputs()
+        for side, jobs in zip(sides, todo, strict=True):
+            if jobs:
+                _refit_classifier(side, side.student.get_submodule(path), logits)
 
 
-def _refit_classifier(sides: Sides, layer: nn.Module) -> None:
+def _advance(true: TeacherSide, sides: Sequence[StudentSide]) -> None:
+    true.advance()
+    for side in sides:
+        side.advance(true)
+
+
+def _refit_at(
+    site: Site,
+    sides: Sequence[StudentSide],
+    todo: Sequence[Mapping[str, _Job]],
+    goal: list[torch.Tensor],
+    recipe: Recipe,
+) -> None:
+    """Refit a site of all students that have something to refit there; `goal` is used up."""
+    jobs = [(side, jobs[site.name]) for side, jobs in zip(sides, todo, strict=True) if site.name in jobs]
+    for number, (side, job) in enumerate(jobs, 1):
+        # The last one lets go of the teacher's states as its own pairs grow.
+        wanted = goal if number < len(jobs) else (goal.pop(0) for _ in range(len(goal)))
+        _refit_site(job, side.pairs(site, wanted), recipe)
+
+
+def _refit_classifier(side: StudentSide, layer: nn.Module, logits: torch.Tensor) -> None:
     assert isinstance(layer, nn.Linear)
-    if sum(map(len, sides.drifted)) < 2:  # none could be held out
+    if side.images < 2:  # none could be held out
         return
     _own(layer)
     try:
-        solve_classifier(layer, *sides.finish(layer))
+        solve_classifier(layer, side.features(layer), logits)
     except MixerzooError:
         return  # it is more than that layer, and stays as it is
 

@@ -1,12 +1,12 @@
-"""Teacher and student side by side, stage by stage: what each site of a student is given, and what is wanted of it.
+"""A teacher and its students side by side, stage by stage: what a site of a student is given, and what is wanted of it.
 
-The teacher runs once over the images. A pass of the student that only looks at a site ends there; it runs the
-stage once more when the site has been changed.
+The teacher runs once over the images, for all students. A pass of a student that only looks at a site ends there; it
+runs the stage once more when the site has been changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -40,19 +40,15 @@ class SitePairs:
         """Do nothing: they are in memory."""
 
 
-class Sides:
-    """Teacher and student at the same stage: the hidden states that come into it, batch by batch."""
+class TeacherSide:
+    """The teacher at a stage: the hidden states that come into it, batch by batch."""
 
-    def __init__(
-        self, teacher: Teacher, student: nn.Module, batches: list[torch.Tensor], *, first: int
-    ) -> None:
-        self.teacher, self.student = teacher, student
+    def __init__(self, teacher: Teacher, batches: Iterable[torch.Tensor]) -> None:
+        self.teacher = teacher
         self.stages = teacher.host.stages(teacher.model)
-        self.others = teacher.host.stages(student)
-        self.first = first
         self.number = 0
-        self.true, self.drifted = batches, list(batches)
-        self._ahead = False  # whether `true` comes out of the stage already, from a look at its sites
+        self.states = list(batches)
+        self._ahead = False  # whether the states come out of the stage already, from a look at its sites
 
     def look(self, sites: Sequence[Site], *, whole: bool) -> dict[str, list[torch.Tensor]]:
         """Return the teacher's residual stream behind some sites of the stage, batch by batch.
@@ -67,64 +63,90 @@ class Sides:
                 )
                 for site in sites
             ]
-            for number, hidden in enumerate(self.true):
+            for number, hidden in enumerate(self.states):
                 state = _until_seen(self.stages[self.number], hidden)
                 if state is not None:
-                    self.true[number] = state
+                    self.states[number] = state
                 for site, branch in zip(sites, seen, strict=True):
-                    scale = self._scale(site)
+                    scale = _scale(self.teacher, site)
                     added = branch.output if scale is None else scale(branch.output)
                     goals[site.name].append(branch.residual + added)
         self._ahead = whole
         return goals
 
-    def pairs(self, site: Site, goal: list[torch.Tensor]) -> SitePairs:
-        """Return inputs and targets of a site, from the teacher's residual stream behind it, which is used up."""
-        images = sum(map(len, self.drifted))
+    def advance(self) -> None:
+        """Go on to the next stage."""
+        if not self._ahead:
+            _pass(self.stages[self.number], self.states)
+        self._ahead = False
+        self.number += 1
+
+    def outputs(self) -> torch.Tensor:
+        """Return the teacher's outputs (n, C); it is at its last stage."""
+        return torch.cat([self.stages[-1](hidden) for hidden in self.states])
+
+
+class StudentSide:
+    """A student at the stage that its teacher is at: its own hidden states.
+
+    Args:
+        teacher: the teacher's side, at its first stage.
+        student: the student.
+        first: its stages before this one are the teacher's.
+    """
+
+    def __init__(self, teacher: TeacherSide, student: nn.Module, *, first: int) -> None:
+        self.teacher, self.student, self.first = teacher.teacher, student, first
+        self.stages = self.teacher.host.stages(student)
+        self.number = 0
+        self.states = list(teacher.states)
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return sum(map(len, self.states))
+
+    def pairs(self, site: Site, goal: Iterable[torch.Tensor]) -> SitePairs:
+        """Return inputs and targets of a site, from the teacher's residual stream behind it, batch by batch."""
+        images = self.images
         large = 8 * images * site.tokens * site.dim > LARGE
         x = torch.empty(images, site.tokens, site.dim, dtype=torch.bfloat16 if large else torch.float32)
         y = torch.empty_like(x)
         row = 0
         with _Branch(self.student, site, ends="input") as given:
-            for hidden in self.drifted:
-                _until_seen(self.others[self.number], hidden)
+            for hidden, wanted in zip(self.states, goal, strict=True):
+                _until_seen(self.stages[self.number], hidden)
                 rows = slice(row, row + len(given.input))
-                x[rows], y[rows] = given.input, goal.pop(0) - given.residual
+                x[rows], y[rows] = given.input, wanted - given.residual
                 row = rows.stop
-        scale = self._scale(site)
+        scale = _scale(self.teacher, site)
         gain = None if scale is None else scale(torch.ones(1, 1, site.dim)).flatten()
         return SitePairs(x=x, y=y, gain=gain)
 
-    def advance(self) -> None:
-        """Go on to the next stage."""
-        if not self._ahead:
-            _pass(self.stages[self.number], self.true)
+    def advance(self, teacher: TeacherSide) -> None:
+        """Go on to the next stage, where the teacher is already."""
         if self.number < self.first:
-            self.drifted = list(self.true)
+            self.states = list(teacher.states)
         else:
-            _pass(self.others[self.number], self.drifted)
-        self._ahead = False
+            _pass(self.stages[self.number], self.states)
         self.number += 1
 
-    def finish(self, classifier: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
-        """Go on to the last stage; return what comes into the student's classifier (n, D), the teacher's logits (n, C).
+    def features(self, classifier: nn.Linear) -> torch.Tensor:
+        """Return what comes into the student's classifier (n, D); it is at its last stage.
 
         Raises:
-            MixerzooError: if the student's output is not that of its classifier, one row an image.
+            MixerzooError: if its output is not that of its classifier, one row an image.
         """
-        while self.number < len(self.stages) - 1:
-            self.advance()
-        true, other = self.stages[-1], self.others[-1]
+        stage = self.stages[-1]
         with FeatureTap(classifier) as tap:
-            few = self.drifted[0][:1]
-            out = other(few)
+            out = stage(self.states[0][:1])
             if not torch.allclose(classifier(tap.features()), out, rtol=1e-3, atol=1e-4):
                 raise MixerzooError("the student's output is not that of its classifier")
-            features = [tap.features_of(other, hidden) for hidden in self.drifted]
-        return torch.cat(features), torch.cat([true(hidden) for hidden in self.true])
+            return torch.cat([tap.features_of(stage, hidden) for hidden in self.states])
 
-    def _scale(self, site: Site) -> nn.Module | None:
-        return None if site.scale is None else self.teacher.model.get_submodule(site.scale)
+
+def _scale(teacher: Teacher, site: Site) -> nn.Module | None:
+    return None if site.scale is None else teacher.model.get_submodule(site.scale)
 
 
 def _pass(stage: Stage, states: list[torch.Tensor]) -> None:

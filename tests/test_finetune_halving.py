@@ -65,10 +65,26 @@ def test_a_plan_that_is_best_after_steps_wins_whatever_it_was_before():
 
 
 def test_a_loss_that_is_not_finite_comes_last():
-    last, played, _ = play({"a": math.nan, "b": 1.0}, {"a": [math.nan], "b": [1.0, 0.9]})
+    last, played, _ = play({"a": math.nan, "b": 1.0}, {"a": [math.nan], "b": [0.95, 0.9]})
     assert played[0].kept == ("b",)
     assert json.dumps(summary(played), allow_nan=False)
     assert last["b"] == 0.9
+
+
+def test_a_round_that_helps_no_plan_is_the_last():
+    before = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0}
+    last, played, turns = play(before, {plan: [loss] for plan, loss in before.items()})
+    assert last == before
+    assert len(turns) == 4
+    found = summary(played)
+    assert found["seconds"] == pytest.approx(10)
+    assert sentence(found).startswith("4 plans distilled as a whole in 1 round; losses before")
+    assert sentence(found).endswith("; it helped none")
+    one_is_helped = {"a": [1.0, 1.0], "b": [2.0], "c": [1.5, 1.5], "d": [4.0]}
+    last, played, turns = play(before, one_is_helped)
+    assert [number for _, number, _ in turns] == [1, 1, 1, 1, 2, 2]
+    assert last["c"] == 1.5
+    assert sentence(summary(played)).endswith("; the last helped none")
 
 
 def test_nothing_to_play_is_said_by_nothing():

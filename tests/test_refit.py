@@ -19,7 +19,7 @@ from mixerzoo.opening import open_data, open_teacher
 from mixerzoo.pairs import held_out_rows
 from mixerzoo.plan import Candidate
 from mixerzoo.readout import FeatureTap, solve_classifier
-from mixerzoo.refit import refit, refit_student
+from mixerzoo.refit import Stitched, refit, refit_students, stitch
 from mixerzoo.registry import get_registry, temporary_plugin
 from mixerzoo.ridge import PENALTIES
 from mixerzoo.score import Judge
@@ -218,6 +218,28 @@ def test_the_teacher_is_left_alone_and_hooks_are_gone():
     assert fingerprint(teacher.model) == teacher.fingerprint
     for model in (teacher.model, *modules.values()):
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("options", TEACHERS.values(), ids=TEACHERS)
+def test_students_refitted_beside_one_pass_of_the_teacher_are_as_refitted_alone(options):
+    teacher = tiny.tiny_teacher(**options)
+    attention = [site.name for site in attention_sites(teacher)]
+    plans = [
+        dict.fromkeys(attention, "static"),
+        {teacher.sites[-1].name: "mlp_slice"},  # begins as the teacher does
+        {attention[0]: "none", teacher.sites[1].name: "mlp_slice"},
+        {},
+    ]
+    made = [stitched(teacher, names) for names in plans]
+    alone = [
+        refit(teacher, copy.deepcopy(modules), names, calibration())
+        for modules, names in zip(made, plans, strict=True)
+    ]
+    together = [stitch(teacher, modules, names) for modules, names in zip(made, plans, strict=True)]
+    refit_students(teacher, together, calibration())
+    for one, other in zip(alone, together, strict=True):
+        for name, tensor in one.state_dict().items():
+            assert torch.equal(tensor, other.student.state_dict()[name]), name
 
 
 def test_progress_counts_sites():
@@ -601,7 +623,7 @@ def test_a_student_whose_other_weights_have_changed(kept):
     x = torch.cat(held_out())
     with torch.no_grad():
         before = (student(x) - teacher.model(x)).square().mean()
-        refit_student(teacher, student, names, calibration(), kept=kept)
+        refit_students(teacher, [Stitched(student=student, mixers=names)], calibration(), kept=kept)
         assert (student(x) - teacher.model(x)).square().mean() < before
     after = student.state_dict()
     mlps = [f"blocks.{number}.mlp.fc2.{part}" for number in (0, 1) for part in ("weight", "bias")]

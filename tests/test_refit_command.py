@@ -142,15 +142,16 @@ def test_the_figures_before_and_after_are_printed(here):
 
 
 def test_a_refit_that_does_not_help_is_undone_and_said(here, monkeypatch):
-    def spoil(teacher, student, mixers, *_, **__):
+    def spoil(teacher, students, *_, **__):
+        (stitched,) = students
         with torch.no_grad():
-            for site in mixers:
-                for parameter in student.get_submodule(site).parameters():
+            for site in stitched.mixers:
+                for parameter in stitched.student.get_submodule(site).parameters():
                     parameter.fill_(float("nan"))
 
     library_plan(here)
     run("run", "--plan", "plan.json", "--out", "good", "--images", "20")
-    monkeypatch.setattr(refitting, "refit_student", spoil)
+    monkeypatch.setattr(refitting, "refit_students", spoil)
     told = run("run", "--plan", "good")
     assert "kept as it was" in told.stdout
     assert same(weights(here / "run" / "refit"), weights(here / "good"))

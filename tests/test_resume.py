@@ -266,7 +266,7 @@ def test_a_finished_search_evaluates_nothing_again(here, monkeypatch):
         raise AssertionError("this was done already")
 
     for module, name in (
-        (candidates, "distill"), (reuse, "measure_in_place"), (finish, "finetune"), (finish, "refit"),
+        (candidates, "distill"), (reuse, "measure_in_place"), (finish, "finetune"), (finish, "refit_students"),
         (evaluate.Evaluator, "evaluate"), (evaluate.Evaluator, "final_latency"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, again)

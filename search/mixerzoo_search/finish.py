@@ -16,7 +16,7 @@ from mixerzoo.data import image_batches
 from mixerzoo.files import read_json, write_json
 from mixerzoo.finetune import finetune
 from mixerzoo.hosts import assemble
-from mixerzoo.refit import refit
+from mixerzoo.refit import refit_students, stitch
 from mixerzoo.significance import is_clear
 from mixerzoo.student import Student, load_student, save_student
 from mixerzoo_search.additive import AdditiveModel
@@ -92,7 +92,7 @@ def finish(context: Context, results: Sequence[PlanResult], model: AdditiveModel
         if chosen or not (missed_again or more):
             break
         limit *= STRICTER
-    ready = [_refitted(context, result) for result in chosen]
+    ready = _refitted(context, chosen)
     tuning = halving.summary([])
     made = {f.result: None for f in ready}
     if context.settings.finetune_minutes:
@@ -110,20 +110,28 @@ def _finalists(
 ) -> tuple[list[PlanResult], list[PlanResult]]:
     """Return the plans of lowest loss that meet the limit in a second, longer measurement, and those that miss it.
 
-    Each is measured once for a number of results and a limit, so that a resumed search takes the same.
+    As many as are still wanted are measured at once, each once for a number of results and a limit, so that a resumed
+    search takes the same.
     """
     stored: dict[str, dict[str, list[dict[str, Any]]]] = context.run.load("finalists") or {}
     found = stored.setdefault(f"{len(results)} {limit_ms:.6g}", {"meet": [], "miss": []})
     ranked = sorted((r for r in results if r.latency_ms <= limit_ms), key=lambda r: r.loss)
     evaluator = context.evaluator
     with context.reporter.phase("the best plans, measured again", REFITTED) as report:
-        for result in ranked[len(found["meet"]) + len(found["miss"]) : MEASURED]:
-            if len(found["meet"]) == REFITTED:
+        while wanted := REFITTED - len(found["meet"]):
+            done = len(found["meet"]) + len(found["miss"])
+            several = {r.plan.key: r for r in ranked[done : min(done + wanted, MEASURED)]}
+            if not several:
                 break
-            student = assemble(context.teacher.model, evaluator.modules(result.plan))
-            ms, most = evaluator.final_latency(student)
-            name = "meet" if _meets(limit_ms, ms, most) else "miss"
-            found[name].append(replace(result, latency_ms=ms).to_json())
+            latencies = evaluator.final_latency(
+                {
+                    key: assemble(context.teacher.model, evaluator.modules(result.plan))
+                    for key, result in several.items()
+                }
+            )
+            for key, (ms, most) in latencies.items():
+                name = "meet" if _meets(limit_ms, ms, most) else "miss"
+                found[name].append(replace(several[key], latency_ms=ms).to_json())
             context.run.store("finalists", stored)
             report(len(found["meet"]))
     meet, miss = ([PlanResult.from_json(row) for row in found[name]] for name in ("meet", "miss"))
@@ -135,25 +143,33 @@ def _meets(limit_ms: float, ms: float, most: float) -> bool:
     return ms <= limit_ms and most <= SURELY * limit_ms
 
 
-def _refitted(context: Context, result: PlanResult) -> Finalist:
-    """Stitch the plan's student afresh and refit it on its own activations; keep whichever is better."""
-    folder = context.run.path / "finalists" / f"{result.plan.key}-refit"
-    finished = _load(context, folder)
-    if finished is not None:
-        return finished
+def _refitted(context: Context, results: Sequence[PlanResult]) -> list[Finalist]:
+    """Stitch the plans' students afresh and refit them on their own activations; keep whichever is better of each."""
     teacher, evaluator = context.teacher, context.evaluator
-    modules = evaluator.modules(result.plan, fresh=True)
-    mixers = {site: candidate.mixer for site, candidate in result.plan.choices}
-    batches = image_batches(context.data, context.refit_images, teacher.image)
-    with context.reporter.phase("sequential refit", len(teacher.sites)) as report:
-        student = refit(teacher, modules, mixers, batches, on_site=report)
-    stitched = assemble(teacher.model, evaluator.modules(result.plan))
-    finalist = Finalist(result=result, student=stitched, losses=context.final_judge.losses(stitched))
-    after = context.final_judge.losses(student)
-    if after.mean() < finalist.loss:  # not where it is NaN
-        finalist = _with(context, finalist, student, after, source="refit")
-    _save(context, folder, finalist)
-    return finalist
+    folders = {r.plan: context.run.path / "finalists" / f"{r.plan.key}-refit" for r in results}
+    found = {plan: _load(context, folder) for plan, folder in folders.items()}
+    todo = [result for result in results if found[result.plan] is None]
+    students = [
+        stitch(
+            teacher,
+            evaluator.modules(result.plan, fresh=True),
+            {site: candidate.mixer for site, candidate in result.plan.choices},
+        )
+        for result in todo
+    ]
+    if todo:
+        batches = image_batches(context.data, context.refit_images, teacher.image)
+        with context.reporter.phase("sequential refit", len(teacher.sites)) as report:
+            refit_students(teacher, students, batches, on_site=report)
+    for result, refitted in zip(todo, students, strict=True):
+        stitched = assemble(teacher.model, evaluator.modules(result.plan))
+        finalist = Finalist(result=result, student=stitched, losses=context.final_judge.losses(stitched))
+        after = context.final_judge.losses(refitted.student)
+        if after.mean() < finalist.loss:  # not where it is NaN
+            finalist = _with(context, finalist, refitted.student, after, source="refit")
+        _save(context, folders[result.plan], finalist)
+        found[result.plan] = finalist
+    return [finalist for finalist in found.values() if finalist is not None]
 
 
 def _in_rounds(context: Context, ready: Sequence[Finalist]) -> tuple[list[Finalist], dict[str, Any]]:

@@ -38,6 +38,15 @@ def truth(model, plan, *, intercept=0.0, slope=1.0):
     return intercept + slope * model.additive_ms(plan) + sum(OFF.get(c, 0.0) for _, c in plan.choices)
 
 
+def truly(model, students):
+    return {key: (truth(model, plan), 1.002 * truth(model, plan)) for key, plan in students.items()}
+
+
+def as_they_were(context, results):
+    """Stand in for the refit."""
+    return [Finalist(result=r, student=r.plan, losses=torch.tensor([r.loss])) for r in results]
+
+
 def measured(model, count, *, seed=1, noise=0.0, **law):
     dice = np.random.default_rng(seed)
     return [
@@ -234,18 +243,15 @@ def test_where_no_plan_meets_the_budget_the_next_are_solved_for_with_corrected_l
     context.budget_ms, context.settings = budget, SimpleNamespace(finetune_minutes=0.0)
     context.evaluator.modules = lambda plan, fresh=False: plan
     measured = []
-    context.evaluator.final_latency = lambda plan: (
-        measured.append(plan) or (truth(model, plan), 1.002 * truth(model, plan))
-    )
+
+    def final_latency(students):
+        measured.extend(students.values())
+        return truly(model, students)
+
+    context.evaluator.final_latency = final_latency
     context.teacher.model = None
     monkeypatch.setattr(finishing, "assemble", lambda model, plan: plan)
-    monkeypatch.setattr(
-        finishing,
-        "_refitted",
-        lambda context, result: Finalist(
-            result=result, student=result.plan, losses=torch.tensor([result.loss])
-        ),
-    )
+    monkeypatch.setattr(finishing, "_refitted", as_they_were)
     outcome = finish(context, results, model)
     assert outcome.best is not None
     assert outcome.best.result.latency_ms <= budget
@@ -267,14 +273,10 @@ def test_room_below_the_budget_is_not_left_unused(context, monkeypatch):
     ]
     context.budget_ms, context.settings = budget, SimpleNamespace(finetune_minutes=0.0)
     context.evaluator.modules = lambda plan, fresh=False: plan
-    context.evaluator.final_latency = lambda plan: (truth(model, plan), 1.002 * truth(model, plan))
+    context.evaluator.final_latency = lambda students: truly(model, students)
     context.teacher.model = None
     monkeypatch.setattr(finishing, "assemble", lambda model, plan: plan)
-    monkeypatch.setattr(
-        finishing,
-        "_refitted",
-        lambda _, result: Finalist(result=result, student=result.plan, losses=torch.tensor([result.loss])),
-    )
+    monkeypatch.setattr(finishing, "_refitted", as_they_were)
     outcome = finish(context, results, model)
     assert outcome.best is not None
     assert outcome.best.result.predicted_ms > 0.97 * budget

@@ -1,7 +1,8 @@
 """Successive halving: the best few plans are distilled as a whole in rounds, and the weaker half is dropped after each.
 
 Which plan is best before gradient steps need not be best after them, so that none is chosen before it had some.
-Rounds share the time equally, and the plans of a round share its time: the winner gets most.
+Rounds share the time equally, and the plans of a round share its time: the winner gets most. A round that helps no plan
+is the last: where steps have nothing to gain, the time is not spent.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def halve(
     tune: Callable[[T, Round, int], T],
     on_round: Callable[[Sequence[Played]], None] = lambda played: None,
 ) -> tuple[dict[str, T], list[Played]]:
-    """Play all rounds; return every plan as its last round left it, and what happened.
+    """Play all rounds, or until one helps no plan; return every plan as its last round left it, and what happened.
 
     Args:
         entries: plan -> what `tune` takes.
@@ -111,7 +112,13 @@ def halve(
         alive = ranked[: -(-len(ranked) // 2)]
         played.append(Played(round=this, before=before, after=after, kept=tuple(alive)))
         on_round(played)
+        if not _helped(before, after):
+            break
     return last, played
+
+
+def _helped(before: Mapping[str, float], after: Mapping[str, float]) -> bool:
+    return any(_rank(after[plan]) < _rank(loss) for plan, loss in before.items())
 
 
 def summary(played: Sequence[Played]) -> dict[str, Any]:
@@ -133,6 +140,9 @@ def sentence(found: Mapping[str, Any]) -> str:
     said = "" if ranks is None else f"; losses before and after the first rank with Spearman {ranks:.2f}"
     plans = "one plan" if found["plans"] == 1 else f"{found['plans']} plans"
     count = len(found["rounds"])
+    last = found["rounds"][-1]["plans"].values()
+    if all(one["before"] == one["after"] for one in last):
+        said += f"; {'the last' if count > 1 else 'it'} helped none"
     return f"{plans} distilled as a whole in {count} round{'s' * (count > 1)}{said}"
 
 

@@ -21,7 +21,7 @@ from mixerzoo.hosts import Teacher
 from mixerzoo.progress import Reporter
 from mixerzoo.pruning.student import Order, Prunable, Sizes, penalty_of, prunables, slots, smaller
 from mixerzoo.pruning.targets import Gauge, Thresholds
-from mixerzoo.refit import refit_student
+from mixerzoo.refit import Stitched, refit_students
 from mixerzoo.score import Evaluation, Judge
 from mixerzoo.shrink import Choose, largest
 from mixerzoo.student import Student
@@ -115,7 +115,7 @@ class Pruner:
         model = copy.deepcopy(student.model)
         few = torch.cat(list(self.batches))[: enough_to_refit(self.teacher.sites)].split(len(self.batches[0]))
         with self.reporter.phase("sequential refit", len(self.teacher.sites)) as report:
-            refit_student(self.teacher, model, mixers, few, on_site=report)
+            refit_students(self.teacher, [Stitched(student=model, mixers=mixers)], few, on_site=report)
         return Student(plan=student.plan, model=model)
 
     def tuned(

@@ -16,7 +16,7 @@ from mixerzoo.errors import MixerzooError
 from mixerzoo.finetune import finetune
 from mixerzoo.hosts import count_params
 from mixerzoo.progress import Reporter
-from mixerzoo.refit import refit_student
+from mixerzoo.refit import Stitched, refit_students
 from mixerzoo.student import Student
 from mixerzoo.tracking import Tracker, is_there
 from mixerzoo_search import improved
@@ -119,7 +119,8 @@ def _refit(
     began = time.perf_counter()
     batches = list(image_batches(data, chosen, teacher.image))
     with context.reporter.phase("sequential refit", len(teacher.sites)) as report:
-        refit_student(teacher, student.model, mixers, batches, on_site=report)
+        stitched = Stitched(student=student.model, mixers=mixers)
+        refit_students(teacher, [stitched], batches, on_site=report)
     seconds = time.perf_counter() - began
     after = judged(context, student.model)
     if not after[0].loss < before[0].loss:  # nor where it is NaN
