@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from optuna.study import Study
 
 from mixerzoo.files import write_json, write_text
@@ -26,6 +25,7 @@ from mixerzoo_search.candidates import Candidates
 from mixerzoo_search.context import Context
 from mixerzoo_search.evaluate import PlanResult
 from mixerzoo_search.finish import finish
+from mixerzoo_search.first_plans import first_plans
 from mixerzoo_search.journal import Journal
 from mixerzoo_search.report import write_report
 from mixerzoo_search.results import make_report, model_card
@@ -39,8 +39,6 @@ from mixerzoo_search.turns import PoliteStopwatch, Turns
 from mixerzoo_search.workers import Worker
 
 NAMED = 3  # unreadable images that are named on the terminal; `run.json` has them all
-SWEEP = 12  # budgets of the exact frontier
-NEAR = (1.0, 0.97, 0.94)  # times the budget: its own plans leave room for the error of the prediction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +132,7 @@ def prepare(context: Context, candidates: Candidates, *, check_budget: bool = Tr
         take_latency_check(context, scored.model)
         model, quality = calibrate(context, scored.model)
     with run.timed("exact"):
-        line = _exact_plans(context, model)
+        line = first_plans(context, model)
     return Prepared(model=model, quality=quality, scored=scored, line=line)
 
 
@@ -162,15 +160,6 @@ def _run_phases(context: Context, opened: Opened, journal: Journal) -> Findings:
         outcome=outcome,
         prior=prepared.scored.prior_table,
     )
-
-
-def _exact_plans(context: Context, model: AdditiveModel) -> list[exact.Solution]:
-    """Solve for a sweep of budgets from the fastest plan to the teacher, and more plans near the budget."""
-    fastest = model.predict_ms(model.fastest())
-    sweep = np.linspace(fastest, context.teacher_ms, SWEEP + 1)[:-1].tolist()
-    near = exact.frontier(model, [share * context.budget_ms for share in NEAR], per_budget=2)
-    plans = {solution.plan: solution for solution in [*near, *exact.frontier(model, sweep)]}
-    return sorted(plans.values(), key=lambda solution: solution.ms)
 
 
 @contextmanager
