@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 from common import json_option, quick_option
-from peer_students import PEERS, Cannot, Exam, Ground, Made, Meter, Missing, Problem
+from peer_students import OURS, PEERS, Cannot, Exam, Ground, Made, Meter, Missing, Problem
 from peer_students.places import DIGITS, TEACHERS, Place, open_place
 from peer_students.rows import OVER, Key, Row, Rows, bars, show, tell
 from peer_students.tome import MergingHost
@@ -64,8 +64,14 @@ def open_ground(
     )
 
 
-def measured(problem: Problem, peer: str) -> Row:
-    """Make a peer's student, fine-tune and judge it; or say why there is none."""
+def measured(problem: Problem, peer: str, *, seconds: float | None = None) -> Row:
+    """Make a peer's student, fine-tune and judge it; or say why there is none.
+
+    Args:
+        problem: what is asked for.
+        peer: which side.
+        seconds: that it may take in all, those of its fine-tuning included; no fewer than the problem's minutes.
+    """
     began = time.perf_counter()
     try:
         made = PEERS[peer](problem)
@@ -76,10 +82,11 @@ def measured(problem: Problem, peer: str) -> Row:
     except Exception as error:  # the other peers go on; the next start tries this one again
         return {"failed": " ".join(f"{type(error).__name__}: {error}".split())}
     spent = time.perf_counter() - began
-    return _figures(problem, made) | {"make_s": round(spent, 1), "about": made.about}
+    tuning = max(60 * problem.minutes, 0.0 if seconds is None else seconds - spent)
+    return _figures(problem, made, tuning) | {"make_s": round(spent, 1), "about": made.about}
 
 
-def _figures(problem: Problem, made: Made) -> Row:
+def _figures(problem: Problem, made: Made, seconds: float) -> Row:
     ground = problem.ground
     accuracy = ground.test.evaluate(ground.teacher.model).accuracy
     finetuned: dict[str, Any] = {"by": "the search"}
@@ -91,7 +98,7 @@ def _figures(problem: Problem, made: Made) -> Row:
             teacher,
             made.student,
             ground.training_images,
-            Recipe(seconds=60 * problem.minutes, seed=problem.seed),
+            Recipe(seconds=seconds, seed=problem.seed),
             evaluate=lambda model: ground.validation.evaluate(model).loss,
         )
         # As in a search: the best state was chosen on these images, and must be clearly better on them.
@@ -167,11 +174,27 @@ def _seeds(text: str) -> list[int]:
     return seeds
 
 
+def _search_seconds(rows: Rows, key: Key) -> float | None:
+    """Return how long the search for a budget and a seed took, over all its starts; None if it found no student."""
+    beside = replace(key, peer=OURS)
+    if key == beside:
+        return None
+    for there, row in rows:
+        if there == beside and rows.finished(beside):
+            return float(row["about"]["wall_s"]["total"]) if "about" in row else None
+    raise click.UsageError(
+        f"--same-time: no search for {key.budget} with seed {key.seed} yet; name {OURS} first in --peers"
+    )
+
+
 @click.command()
 @click.option("--teacher", type=click.Choice(TEACHERS), default=DIGITS, show_default=True)
 @click.option("--budgets", help="Shares of the teacher's latency.  [default: 80%,60%,40%]")
 @click.option("--peers", "names", help=f"Some of {', '.join(PEERS)}.  [default: all]")
 @click.option("--minutes", type=float, help="Of fine-tuning, for each side.  [default: 3]")
+@click.option(
+    "--same-time", is_flag=True, help="Fine-tune each side until it took as long as the search in all."
+)
 @click.option("--seeds", help="[default: 0,1,2]")
 @click.option(
     "--images", type=int, default=512, show_default=True, help="Calibration images, but for the fine-tuning."
@@ -190,6 +213,7 @@ def main(
     budgets: str | None,
     names: str | None,
     minutes: float | None,
+    same_time: bool,
     seeds: str | None,
     images: int,
     trials: int | None,
@@ -208,7 +232,13 @@ def main(
         raise click.BadParameter("--minutes takes more than 0, --images 20 at least")
     images = min(images, QUICK_IMAGES) if quick else images
     search = (QUICK_SEARCH if quick else {}) | ({} if trials is None else {"trials": trials})
-    settings = {"minutes": minutes, "images": images, "trials": search.get("trials"), "quick": quick}
+    settings = {
+        "minutes": minutes,
+        "same_time": same_time,
+        "images": images,
+        "trials": search.get("trials"),
+        "quick": quick,
+    }
     rows = Rows(json_path, settings, threads=count)
     console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
     keys = [Key(teacher, budget, peer, seed) for budget in shares for seed in numbers for peer in chosen]
@@ -227,7 +257,7 @@ def main(
                 problem = Problem(
                     ground=ground, budget=shares[key.budget], seed=key.seed, minutes=minutes, again=again
                 )
-                row = measured(problem, key.peer)
+                row = measured(problem, key.peer, seconds=_search_seconds(rows, key) if same_time else None)
                 rows.put(key, row)
                 click.echo(f"{key.budget} {key.peer}, seed {key.seed}: {_told(row)}", err=True)
     except MixerzooError as error:

@@ -17,7 +17,7 @@ import dinov2  # noqa: E402
 import peers  # noqa: E402
 from peer_students import PEERS, Cannot, Exam, Ground, Meter, Problem, blocks, places, pruned, slim, tome  # noqa: E402
 from peer_students.places import Place  # noqa: E402
-from peer_students.problem import fit  # noqa: E402
+from peer_students.problem import Made, fit  # noqa: E402
 from peer_students.rows import bars  # noqa: E402
 
 sys.path.remove(str(BENCHMARKS))
@@ -287,6 +287,30 @@ def test_rows_are_made_once(start, monkeypatch):
     result, _ = start(*words, "--images", "30")
     assert result.exit_code == 2
     assert "images 64, not 30" in result.stderr
+
+
+def test_the_others_may_take_as_long_as_the_search(start, monkeypatch):
+    def searched(problem):
+        model = problem.ground.teacher.model
+        return Made(student=model, tuned=model, about={"wall_s": {"total": 100.0}})
+
+    def briefly(*args, whole=peers.train, **options):
+        given.append(args[3].seconds)
+        return whole(*args[:3], replace(args[3], seconds=0.2), **options)
+
+    given = []
+    monkeypatch.setitem(PEERS, "mixerzoo", searched)
+    monkeypatch.setattr(peers, "train", briefly)
+    words = ("--budgets", "70%", "--same-time", "--peers")
+    result, content = start(*words, "tome")
+    assert result.exit_code == 2
+    assert "no search for 70% with seed 0 yet; name mixerzoo first" in result.stderr
+    assert not content.get("rows")
+    rows = start(*words, "mixerzoo,tome")[1]["rows"]
+    assert [row["peer"] for row in rows] == ["mixerzoo", "tome"]
+    assert given == [pytest.approx(100 - rows[1]["make_s"], abs=0.1)]
+    result, _ = start("--budgets", "70%", "--peers", "tome")
+    assert "same_time True, not False" in result.stderr
 
 
 def test_what_cannot_be_and_what_fails_are_rows(start, monkeypatch):
