@@ -78,8 +78,7 @@ def test_a_round_that_helps_no_plan_is_the_last():
     assert len(turns) == 4
     found = summary(played)
     assert found["seconds"] == pytest.approx(10)
-    assert sentence(found).startswith("4 plans distilled as a whole in 1 round; losses before")
-    assert sentence(found).endswith("; it helped none")
+    assert sentence(found) == "4 plans distilled as a whole in 1 round, which helped none"
     one_is_helped = {"a": [1.0, 1.0], "b": [2.0], "c": [1.5, 1.5], "d": [4.0]}
     last, played, turns = play(before, one_is_helped)
     assert [number for _, number, _ in turns] == [1, 1, 1, 1, 2, 2]

@@ -41,7 +41,7 @@ MLP = (
 )
 IMAGES = 96
 FIT_PLANS = 12
-SWEEP = 8  # exact plans that a search begins with
+SWEEP = 8  # exact plans that ours begins with, the fastest included
 MIXERZOO = "mixerzoo"
 METHODS = (MIXERZOO, *OTHERS)
 

@@ -136,14 +136,15 @@ def sentence(found: Mapping[str, Any]) -> str:
     """Return what came of the rounds in one line; empty where there were none."""
     if not found.get("plans"):
         return ""
-    ranks = found["spearman"]
-    said = "" if ranks is None else f"; losses before and after the first rank with Spearman {ranks:.2f}"
+    ranks, count = found["spearman"], len(found["rounds"])
     plans = "one plan" if found["plans"] == 1 else f"{found['plans']} plans"
-    count = len(found["rounds"])
-    last = found["rounds"][-1]["plans"].values()
-    if all(one["before"] == one["after"] for one in last):
-        said += f"; {'the last' if count > 1 else 'it'} helped none"
-    return f"{plans} distilled as a whole in {count} round{'s' * (count > 1)}{said}"
+    told = f"{plans} distilled as a whole in {count} round{'s' * (count > 1)}"
+    in_vain = all(one["before"] == one["after"] for one in found["rounds"][-1]["plans"].values())
+    if in_vain and count == 1:
+        return f"{told}, which helped none"  # that ranks stayed as they were says nothing then
+    if ranks is not None:
+        told += f"; losses before and after the first rank with Spearman {ranks:.2f}"
+    return told + "; the last helped none" * in_vain
 
 
 def _rank(value: float) -> float:
