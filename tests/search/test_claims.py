@@ -220,20 +220,31 @@ def in_child(function):
 
 
 def share(url, model, folder, *, kill=None):
-    """Let three processes share a study, and kill one when it is at its so-and-so-manieth plan; return the plans."""
+    """Let three processes share a study, and kill one when it is at its so-and-so-manieth plan; return the plans.
+
+    Until then, the others take as many plans as it has at most: however slow it is, some are left for it.
+    """
     study = opened(url, model)
     study.set_user_attr("open", True)
     disconnect(study._storage)  # processes that are forked must not share a connection
     folder.mkdir(exist_ok=True)
+    killed = folder / "killed"
 
     def run(number):
         def before(asked):
-            if number == 1 and len(asked) == kill:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if kill and len(asked) >= kill:
+                if number == 1:
+                    killed.touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                while not killed.exists():
+                    time.sleep(0.01)
             with (folder / f"{number}.txt").open("a") as file:
                 file.write(f"{asked[-1][0].key}\n")
 
-        take_part(url, model, folder, leads=number == 0, trials=TRIALS, seconds=0.1, before=before)
+        try:
+            take_part(url, model, folder, leads=number == 0, trials=TRIALS, seconds=0.1, before=before)
+        finally:
+            killed.touch()  # the others do not wait for one that failed
 
     children = [in_child(lambda number=number: run(number)) for number in range(3)]
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
