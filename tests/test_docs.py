@@ -313,7 +313,7 @@ def test_every_key_of_the_summary_is_described():
 def test_the_numbers_of_images_are_those_of_the_code():
     text = " ".join(HOW.read_text(encoding="utf-8").split())
     assert f"{image_parts.SCORE_IMAGES} score candidates and {image_parts.STUDY_IMAGES} others" in text
-    assert f"{image_parts.FINAL_IMAGES} validation images at most" in text
+    assert f"{image_parts.FINAL_IMAGES} validation images at most; {image_parts.CHOICE_IMAGES} more" in text
     assert f"{image_parts.TEST_IMAGES} test images at most" in text
     assert f"{image_parts.REFIT_TOKENS:,} tokens" in text
     splits = shuffled_splits(100)

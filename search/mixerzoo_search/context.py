@@ -145,6 +145,11 @@ class Context:
         return self.make_judge(self.image_parts.final, prefixes=False)
 
     @cached_property
+    def choice_judge(self) -> Judge:
+        """Judges students of which `final_judge` does not say clearly which is best."""
+        return self.make_judge(self.image_parts.choice, prefixes=False)
+
+    @cached_property
     def test_judge(self) -> Judge:
         """Judges students for the reader: nothing is chosen by it."""
         return self.make_judge(self.image_parts.test, prefixes=False)

@@ -99,7 +99,7 @@ def finish(context: Context, results: Sequence[PlanResult], model: AdditiveModel
         ready, tuning = _in_rounds(context, ready)
         made |= {f.result: None for f in ready}
     return Outcome(
-        best=min(ready, key=lambda f: f.loss, default=None),
+        best=_best(context, ready),
         results=[*further, *(result for result in made if result.source in ("refit", "finetuned"))],
         finetuning=tuning,
     )
@@ -225,6 +225,23 @@ def _finetuned(
     _save(context, folder, finalist)
     remove_checkpoint(folder)
     return finalist
+
+
+def _best(context: Context, ready: Sequence[Finalist]) -> Finalist | None:
+    """Return the finalist of lowest loss; those that are not clearly worse are compared on further images, too."""
+    first = min(ready, key=lambda f: f.loss, default=None)
+    if first is None or not context.image_parts.choice:
+        return first
+    close = [f for f in ready if math.isfinite(f.loss) and not is_clear(f.losses - first.losses)]
+    if len(close) < 2:
+        return first
+    further = []
+    with context.reporter.phase("the best students, on further images", len(close)) as report:
+        for finalist in close:
+            losses = torch.cat([finalist.losses, context.choice_judge.losses(finalist.student)])
+            further.append(replace(finalist, losses=losses))
+            report(len(further))
+    return min(further, key=lambda f: f.loss)
 
 
 def _with(

@@ -16,6 +16,7 @@ from mixerzoo.spec import Site
 SCORE_IMAGES = 200  # where most of the images of a search go: all candidates are judged on them
 STUDY_IMAGES = 200
 FINAL_IMAGES = 400
+CHOICE_IMAGES = 600
 # Images of so many tokens are refitted on. More still help a little; each is a pass of the teacher and of the student.
 REFIT_TOKENS = 131_072
 TEST_IMAGES = 500
@@ -35,6 +36,7 @@ class ImageParts:
         study: students are compared on these, and the frontier is drawn on them.
         refit: students are refitted on the first of these, which may have been distilled on.
         final: what is done to a chosen student is decided on these, and which of a few is best.
+        choice: where that is in doubt, it is decided on these, too. May be empty.
         test: nothing is chosen on these.
     """
 
@@ -42,6 +44,7 @@ class ImageParts:
     study: tuple[int, ...]
     refit: tuple[int, ...]
     final: tuple[int, ...]
+    choice: tuple[int, ...]
     test: tuple[int, ...]
 
     @classmethod
@@ -56,11 +59,13 @@ class ImageParts:
         given = min(lacking, len(splits.validation) // 2)
         # The last of them: a teacher, too, may have been fitted on the first ones.
         spare = spare[-(SCORE_IMAGES + STUDY_IMAGES) :]
+        left = splits.validation[given:]
         seen = (*spare, *splits.validation[:given]) or splits.validation
         return cls(
             scores=seen[:SCORE_IMAGES],
             study=seen[-STUDY_IMAGES:],
             refit=splits.calibration[: len(splits.calibration) - len(spare)],
-            final=splits.validation[given:][:FINAL_IMAGES],
+            final=left[:FINAL_IMAGES],
+            choice=left[FINAL_IMAGES:][:CHOICE_IMAGES],
             test=splits.test[:TEST_IMAGES],
         )

@@ -134,6 +134,32 @@ def test_distillation_must_be_clearly_better_where_its_best_state_was_chosen(tmp
         assert found.result.latency_ms == before.result.latency_ms
 
 
+def test_where_it_is_not_clear_which_student_is_best_further_images_decide():
+    spread = torch.linspace(-0.1, 0.1, 100)
+    losses = {"first": 0.2 + spread, "close": 0.201 - spread, "worse": 0.4 + spread, "broken": spread / 0}
+    ready = [
+        finishing.Finalist(result=result(number), student=name, losses=losses[name])
+        for number, name in enumerate(losses)
+    ]
+    further = {"first": torch.full((50,), 0.3), "close": torch.full((50,), 0.1)}  # none else is judged
+    context = SimpleNamespace(
+        image_parts=SimpleNamespace(choice=(1, 2)),
+        choice_judge=SimpleNamespace(losses=further.__getitem__),
+        reporter=Reporter(quiet=True),
+    )
+    best = finishing._best(context, ready)
+    assert best.student == "close"
+    assert best.loss == pytest.approx((100 * 0.201 + 50 * 0.1) / 150)
+    further["close"][0] = float("nan")
+    assert finishing._best(context, ready).student == "first"
+    further.clear()
+    assert finishing._best(context, [ready[0], *ready[2:]]).student == "first"  # there is no doubt
+    context.image_parts.choice = ()
+    assert finishing._best(context, ready).student == "first"
+    assert finishing._best(context, ready[3:]).student == "broken"
+    assert finishing._best(context, []) is None
+
+
 def test_a_student_that_breaks_down_on_the_final_images_comes_last():
     broken = finishing.Finalist(result=result(0), student="", losses=torch.tensor([0.1, float("nan")]))
     assert broken.loss == float("inf")

@@ -4,7 +4,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixerzoo.data import Splits, shuffled_splits
-from mixerzoo_search.image_parts import FINAL_IMAGES, SCORE_IMAGES, STUDY_IMAGES, TEST_IMAGES, ImageParts
+from mixerzoo_search.image_parts import (
+    CHOICE_IMAGES,
+    FINAL_IMAGES,
+    SCORE_IMAGES,
+    STUDY_IMAGES,
+    TEST_IMAGES,
+    ImageParts,
+)
 
 
 def test_with_many_images_each_part_has_its_own():
@@ -14,6 +21,7 @@ def test_with_many_images_each_part_has_its_own():
     assert parts.scores + parts.study == splits.calibration[-SCORE_IMAGES - STUDY_IMAGES :]
     assert parts.refit == splits.calibration[: -SCORE_IMAGES - STUDY_IMAGES]
     assert parts.final == splits.validation[:FINAL_IMAGES]
+    assert parts.choice == splits.validation[FINAL_IMAGES : FINAL_IMAGES + CHOICE_IMAGES]
     assert parts.test == splits.test[:TEST_IMAGES]
 
 
@@ -43,10 +51,10 @@ def test_one_validation_image_serves_all_that_compares():
 def test_no_image_serves_two_ends(count, distilled):
     splits = shuffled_splits(count)
     parts = ImageParts.of(splits, distilled)
-    assert min(map(len, vars(parts).values())) > 0
+    assert min(len(part) for name, part in vars(parts).items() if name != "choice") > 0
     search = {*parts.scores, *parts.study}
     used = {*splits.calibration[:distilled], *parts.refit}
-    groups = [search, {*parts.final}, {*parts.test}, used]
+    groups = [search, {*parts.final}, {*parts.choice}, {*parts.test}, used]
     assert sum(map(len, groups)) == len(set.union(*groups))
     assert {*splits.calibration[:distilled]} <= {*parts.refit}
     if len(search) == SCORE_IMAGES + STUDY_IMAGES:

@@ -137,6 +137,7 @@ def context(tmp_path):
         run=RunDirectory(tmp_path / "run"),
         reporter=Reporter(quiet=True),
         teacher=SimpleNamespace(sites=()),
+        image_parts=SimpleNamespace(choice=()),
         evaluator=SimpleNamespace(evaluate=evaluate),
         evaluated=evaluated,
     )
