@@ -146,8 +146,9 @@ class Context:
 
     @cached_property
     def choice_judge(self) -> Judge:
-        """Judges students of which `final_judge` does not say clearly which is best."""
-        return self.make_judge(self.image_parts.choice, prefixes=False)
+        """Judges what `final_judge` does not tell clearly, or whose images it has flattered."""
+        indices = self.image_parts.choice
+        return self.make_judge(indices, prefixes=False) if indices else self.final_judge
 
     @cached_property
     def test_judge(self) -> Judge:

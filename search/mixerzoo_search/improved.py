@@ -33,7 +33,7 @@ class Improved:
         path: folder of the student that is kept, for `mixerzoo.load`.
         plan: its plan.
         better: whether the new student was kept; else the one that was given.
-        validation: figures before and after, on the images that this was chosen on.
+        validation: figures before and after, on the images that decided.
         test: likewise, on images that nothing was chosen on.
     """
 
@@ -71,8 +71,8 @@ def closing_lines(figures: Mapping[str, Any], path: Path) -> list[str]:
 
 
 def judged(context: Context, student: nn.Module) -> tuple[Evaluation, Evaluation]:
-    """Return the figures on validation and on test images."""
-    return context.final_judge.evaluate(student), context.test_judge.evaluate(student)
+    """Return the figures on validation images (others than a best state was chosen on, if any) and on test images."""
+    return context.choice_judge.evaluate(student), context.test_judge.evaluate(student)
 
 
 def model_card(teacher: Teacher, found: Improved, *, title: str, done: str, in_vain: str) -> str:
