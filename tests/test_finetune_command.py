@@ -20,7 +20,7 @@ from mixerzoo.cli import main
 from mixerzoo.errors import MixerzooError
 from mixerzoo.finetune import loop, rates
 from mixerzoo.student import load_student
-from mixerzoo_search import search
+from mixerzoo_search import image_parts, search
 from mixerzoo_search.finetuning import run as command
 from mixerzoo_search.finetuning.images import PreparedImages
 from mixerzoo_search.finetuning.settings import FinetuneSettings
@@ -120,6 +120,19 @@ def test_a_student_is_better_for_it_and_the_one_given_is_left_alone(here):
     card = (here / "run" / "mine-finetuned" / "README.md").read_text()
     assert "60 steps" in card
     assert f"{result['test']['after']['loss']:.4g}" in card
+
+
+def test_images_decide_that_no_state_was_chosen_on(here, monkeypatch):
+    monkeypatch.setattr(image_parts, "FINAL_IMAGES", 2)
+    assert run("run/mine", "--steps", "5").exit_code == 0
+    validation = written(here / "run" / "mine-finetuned")["validation"]
+    context = open_run(here / "run", None, None).context
+    assert len(context.image_parts.final) == 2 < len(context.image_parts.choice)
+    assert not set(context.image_parts.final) & set(context.image_parts.choice)
+    judge = context.make_judge(context.image_parts.choice, prefixes=False)
+    for name, folder in (("before", "mine"), ("after", "mine-finetuned")):
+        student = mixerzoo.load(here / "run" / folder)
+        assert validation[name]["loss"] == pytest.approx(judge.evaluate(student).loss, rel=1e-5)
 
 
 def test_mlflow_has_the_curves_once_as_a_child_of_the_search(here):

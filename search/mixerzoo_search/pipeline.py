@@ -30,7 +30,8 @@ from mixerzoo_search.journal import Journal
 from mixerzoo_search.report import write_report
 from mixerzoo_search.results import make_report, model_card
 from mixerzoo_search.run_directory import RunDirectory
-from mixerzoo_search.scoring import Scored, additive, distill_closed_form, score, useful
+from mixerzoo_search.scores import additive
+from mixerzoo_search.scoring import Scored, distill_closed_form, score, useful
 from mixerzoo_search.study import disconnect, evaluations, open_study, run_study, without_password
 from mixerzoo_search.summary import Findings, frontier_of, summarize
 from mixerzoo_search.taking_over import take_evaluations, take_latency_check, weights_of

@@ -28,8 +28,8 @@ from mixerzoo_search.candidates import (
 from mixerzoo_search.context import Context
 from mixerzoo_search.making import make_all
 from mixerzoo_search.prior import DamageForecast, Prior
-from mixerzoo_search.prior_table import gather, prior_table, to_json
 from mixerzoo_search.report.content import PriorTable
+from mixerzoo_search.scores import forecast, measure_scores, predicted, rows_of, score_what_matters
 from mixerzoo_search.steps import next_steps, trainable
 
 TOLERANCE = 0.002  # of the teacher's latency: changes below it are not told apart
@@ -43,7 +43,7 @@ class Scored:
     """The space with its scores.
 
     Attributes:
-        model: scores and latencies.
+        model: scores, or what is predicted where none was measured, and latencies.
         prior: which candidate is promising where.
         prior_table: what it predicts for every candidate, and what was measured.
     """
@@ -124,7 +124,7 @@ def _promising(
 
 
 def score(context: Context, candidates: Candidates, table: LatencyTable) -> Scored:
-    """Score the candidates that are not clearly beaten, give the best of them gradient steps, score those again."""
+    """Score what could be in the best plans near the budget, give some of it gradient steps, score that again."""
     context.library.stepped.clear()  # what is chosen now must not depend on an earlier start
     usable = {
         site: tuple(c for c in row if context.library.best(site, c) is not None)
@@ -139,12 +139,11 @@ def score(context: Context, candidates: Candidates, table: LatencyTable) -> Scor
         keep_all_the_same=lambda: bool(dice.random() < UNIFORM_SHARE),
         tolerance_ms=TOLERANCE * context.teacher_ms,
     )
-    scores = measure_scores(context, space, "scores, one site replaced")
-    forecast(context, usable, scores)
-    scores = take_steps(context, space, table, scores)
-    informed = forecast(context, usable, scores)
-    model = additive(context, space, table, scores)
-    return Scored(model=model, prior=_prior(context, model, informed[0]), prior_table=informed[1])
+    scores = score_what_matters(context, usable, space, table)
+    scores = take_steps(context, usable, space, table, scores)
+    informed, prior_table = forecast(context, usable, scores)
+    model = predicted(context, usable, space, table, scores)
+    return Scored(model=model, prior=_prior(context, model, informed), prior_table=prior_table)
 
 
 def useful(context: Context, candidates: Candidates, table: LatencyTable) -> Candidates:
@@ -152,57 +151,9 @@ def useful(context: Context, candidates: Candidates, table: LatencyTable) -> Can
     return faster_than_teacher(candidates, table, tolerance_ms=TOLERANCE * context.teacher_ms)
 
 
-def additive(context: Context, space: Candidates, table: LatencyTable, scores: Damage) -> AdditiveModel:
-    """Return the additive model of a space; candidates without a score count as harmless."""
-    return AdditiveModel.from_scores(
-        {
-            site: {c: (scores.get((site, c), 0.0), table.change_ms[site][str(c)]) for c in row}
-            for site, row in space.items()
-        },
-        base_ms=context.teacher_ms,
-    )
-
-
-def forecast(
-    context: Context, candidates: Candidates, scores: Damage | None = None
-) -> tuple[DamageForecast, PriorTable]:
-    """Predict the damage of every candidate from its site's statistics, its error, and the scores so far.
-
-    What is known and predicted is kept in `prior.json`, unless more was known there before.
-    """
-    table, found = prior_table(gather(context, candidates), scores or {})
-    earlier = context.run.load("prior") or {}
-    if earlier.get("scores", 0) <= table.overall.scores:
-        context.run.store("prior", to_json(table))
-    return found, table
-
-
-def measure_scores(context: Context, space: Candidates, title: str) -> Damage:
-    """Return the replace-one loss of every candidate with its best weights; kept by library key in `scores.json`.
-
-    A loss that is not finite, as of a mixer that breaks down on these images, is null there and NaN here: such a
-    candidate is in no plan.
-    """
-    known: dict[str, float | None] = context.run.load("scores") or {}
-    best = {(site, c): context.library.best(site, c) for site, row in space.items() for c in row}
-    entries = {pair: entry for pair, entry in best.items() if entry is not None}
-    todo = [(pair, entry) for pair, entry in entries.items() if entry.key not in known]
-    with context.reporter.phase(title, len(todo)) as report:
-        for done, ((site, candidate), entry) in enumerate(todo):
-            module = context.evaluator.module(site, candidate)
-            loss = context.score_judge.evaluate_modules({site: module}).loss
-            known[entry.key] = loss if math.isfinite(loss) else None
-            context.run.store("scores", known)
-            report(done + 1)
-    return {pair: _or_nan(known[entry.key]) for pair, entry in entries.items()}
-
-
-def _or_nan(score: float | None) -> float:
-    """Return a score as `scores.json` has it, NaN for null."""
-    return math.nan if score is None else score
-
-
-def take_steps(context: Context, space: Candidates, table: LatencyTable, closed: Damage) -> Damage:
+def take_steps(
+    context: Context, candidates: Candidates, space: Candidates, table: LatencyTable, closed: Damage
+) -> Damage:
     """Give gradient steps to what they can bring into the best plans; return the scores after them.
 
     In rounds, until nothing can gain or the limit of minutes or candidates is reached. What a round chooses is kept in
@@ -211,9 +162,10 @@ def take_steps(context: Context, space: Candidates, table: LatencyTable, closed:
 
     Args:
         context: the search.
-        space: candidates that have scores.
+        candidates: all that were distilled.
+        space: those of them that plans may hold.
         table: latencies.
-        closed: scores of the closed forms.
+        closed: scores of closed forms.
     """
     stored = context.run.load("stepped")
     if stored is None:
@@ -232,14 +184,15 @@ def take_steps(context: Context, space: Candidates, table: LatencyTable, closed:
             stepped=True,
         )
         context.library.stepped.update(chosen)
-        scores = {**closed, **measure_scores(context, _rows(chosen), "scores after the steps")}
+        with context.reporter.phase("scores after the steps", len(chosen)) as report:
+            scores = {**closed, **measure_scores(context, rows_of(chosen), report)}
         # A lower error at the site is not always a lower loss of the teacher with it.
         worse = [pair for pair in chosen if not scores[pair] <= closed[pair]]
         context.library.stepped.difference_update(worse)
         scores |= {pair: closed[pair] for pair in worse}
         if stored["done"]:
             return scores
-        model = additive(context, space, table, scores)
+        model = predicted(context, candidates, space, table, scores)
         more = next_steps(context, model, able, chosen, closed, scores)
         chosen += more
         stored = {"done": not more, "chosen": _texts(chosen), "worse": _texts(worse)}
@@ -248,10 +201,6 @@ def take_steps(context: Context, space: Candidates, table: LatencyTable, closed:
 
 def _texts(pairs: Sequence[Pair]) -> list[list[str]]:
     return [[site, str(candidate)] for site, candidate in pairs]
-
-
-def _rows(pairs: Sequence[Pair]) -> dict[str, tuple[Candidate, ...]]:
-    return {site: tuple(c for s, c in pairs if s == site) for site, _ in pairs}
 
 
 def _make(context: Context, todo: Sequence[tuple[str, Candidate]], title: str, *, stepped: bool) -> None:

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from mixerzoo.cli import main
-from mixerzoo_search import scoring, search
+from mixerzoo_search import scores, scoring, search
 from mixerzoo_search.journal import Journal
 from mixerzoo_search.profile.of_run import profile_run
 
@@ -120,9 +120,9 @@ class Stop(Exception):
     pass
 
 
-def stopped(folder, monkeypatch, part, after):
-    """Start a search that stops when a function has been called so many times."""
-    real, calls = getattr(scoring, part), []
+def stopped(folder, monkeypatch, module, part, after):
+    """Start a search that stops when a function of a module has been called so many times."""
+    real, calls = getattr(module, part), []
 
     def interrupted(*arguments, **options):
         calls.append(part)
@@ -132,14 +132,14 @@ def stopped(folder, monkeypatch, part, after):
 
     tiny_search.write_npz(folder / "data.npz")
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, part, interrupted)
+        patch.setattr(module, part, interrupted)
         with pytest.raises(Stop):
             go(folder)
     return folder / "run"
 
 
 def test_a_search_stopped_before_its_closed_forms_shows_what_statistics_say(here, monkeypatch):
-    run = stopped(here, monkeypatch, "_make_closed", 0)
+    run = stopped(here, monkeypatch, scoring, "_make_closed", 0)
     told = profile("--run", run)
     assert "predicted" in told
     assert "Spearman" not in told
@@ -149,7 +149,7 @@ def test_a_search_stopped_before_its_closed_forms_shows_what_statistics_say(here
 
 
 def test_a_search_stopped_while_it_scores_shows_the_scores_it_has(here, monkeypatch):
-    run = stopped(here, monkeypatch, "measure_scores", 0)
+    run = stopped(here, monkeypatch, scores, "measure_scores", 0)
     assert profile_run(run).prior.overall.scores == 0
     rows = profile_run(run).prior.rows
     assert all(row.nmse is not None and row.key for row in rows)

@@ -19,13 +19,15 @@ from mixerzoo.progress import Reporter
 from mixerzoo.registry import get_registry, temporary_plugin
 from mixerzoo_search import candidates as candidates_module
 from mixerzoo_search import context as context_module
-from mixerzoo_search import scoring, steps
+from mixerzoo_search import exact, scoring, steps
+from mixerzoo_search import scores as scores_module
 from mixerzoo_search.candidates import faster_than_teacher, list_candidates, not_beaten
 from mixerzoo_search.context import Context
 from mixerzoo_search.prior import DamageForecast
 from mixerzoo_search.prior_table import to_json
 from mixerzoo_search.report import PriorTable, Rank
 from mixerzoo_search.run_directory import RunDirectory
+from mixerzoo_search.scores import additive, measure_scores
 from mixerzoo_search.settings import Budget, Settings
 from mixerzoo_search.timing import latency_table
 
@@ -256,13 +258,9 @@ def test_a_search_stopped_between_two_rounds_of_steps_goes_on_as_if_it_had_not_b
 
 def test_steps_that_raise_the_score_do_not_count(started, make_context, monkeypatch):
     context, space, table = started
-    measure = scoring.measure_scores
 
-    def worse(context, space, title):
-        scores = measure(context, space, title)
-        if title == "scores after the steps":
-            return {pair: loss + 1.0 for pair, loss in scores.items()}
-        return scores
+    def worse(context, space, report):
+        return {pair: loss + 1.0 for pair, loss in measure_scores(context, space, report).items()}
 
     monkeypatch.setattr(scoring, "measure_scores", worse)
     scored = scoring.score(context, space, table)
@@ -353,12 +351,12 @@ def test_a_margin_has_to_be_clear():
 
 def test_scores_are_losses_with_one_site_replaced(started):
     context, space, table = started
-    scores = scoring.measure_scores(context, space, "scores")
+    scores = measure_scores(context, space)
     assert set(scores) == set(pairs(space))
     for (site, candidate), loss in scores.items():
         module = context.evaluator.module(site, candidate)
         assert context.score_judge.evaluate_modules({site: module}).loss == pytest.approx(loss, abs=1e-7)
-    model = scoring.additive(context, space, table, scores)
+    model = additive(context, space, table, scores)
     assert model.base_ms == context.teacher_ms
     for site, candidate in pairs(space):
         plan = Plan.of({site: candidate}, context.teacher.sites)
@@ -366,6 +364,41 @@ def test_scores_are_losses_with_one_site_replaced(started):
         assert model.additive_ms(plan) == pytest.approx(
             context.teacher_ms + table.change_ms[site][str(candidate)]
         )
+
+
+def test_what_no_hopeful_plan_near_the_budget_holds_is_predicted(started, make_context, monkeypatch):
+    context, space, table = started
+    monkeypatch.setattr(scores_module, "AT_RANDOM", 0.0)
+    monkeypatch.setattr(scores_module, "NEAR", (1.0,))
+    found = scores_module.score_what_matters(context, space, space, table)
+    assert 0 < len(found) < len(pairs(space))
+    assert len(context.run.load("scores")) == len(found)  # nothing else was measured
+    model = scores_module.predicted(context, space, space, table, found)
+    expected = scores_module.forecast(context, space, found)[0].damage
+    for site, candidate in pairs(space):
+        plan = Plan.of({site: candidate}, context.teacher.sites)
+        loss = found.get((site, candidate), expected[site, candidate])
+        assert model.predict_loss(plan) == pytest.approx(loss)
+    # As good as if all had been scored: no plan that holds another one could be better, if that did half the damage.
+    hopeful = {pair: found.get(pair, scores_module.HOPEFUL * expected[pair]) for pair in pairs(space)}
+    for damage in (hopeful, {**expected, **found}):
+        best = exact.solve(additive(context, space, table, damage), context.budget_ms)
+        assert {pair for pair in best.plan.choices if not pair[1].is_keep} <= set(found)
+    assert scores_module.score_what_matters(make_context(), space, space, table) == found
+
+
+def test_scores_that_a_run_has_taken_over_count(started, make_context, monkeypatch):
+    context, space, table = started
+    monkeypatch.setattr(scores_module, "AT_RANDOM", 0.0)
+    every = measure_scores(context, space)
+    again = make_context()
+    assert scores_module.score_what_matters(again, space, space, table) == every
+
+
+def test_a_random_share_is_scored_whatever_is_predicted(started, monkeypatch):
+    context, space, table = started
+    monkeypatch.setattr(scores_module, "AT_RANDOM", 1.0)
+    assert set(scores_module.score_what_matters(context, space, space, table)) == set(pairs(space))
 
 
 def test_a_score_that_is_not_finite_is_null_on_disk_and_in_no_plan(started, monkeypatch):
@@ -379,13 +412,13 @@ def test_a_score_that_is_not_finite_is_null_on_disk_and_in_no_plan(started, monk
         return dataclasses.replace(found, loss=math.nan) if bad else found
 
     monkeypatch.setattr(context.score_judge, "evaluate_modules", evaluate)
-    scores = scoring.measure_scores(context, space, "scores")
+    scores = measure_scores(context, space)
     assert [pair for pair, loss in scores.items() if not math.isfinite(loss)] == [(broken, POOL)]
     content = json.loads((context.run.path / "scores.json").read_text(), parse_constant=pytest.fail)
     assert list(content.values()).count(None) == 1
-    again = scoring.measure_scores(context, space, "scores")
+    again = measure_scores(context, space)
     assert math.isnan(again[broken, POOL])
-    model = scoring.additive(context, space, table, again)
+    model = additive(context, space, table, again)
     assert POOL not in model.candidates[model.sites.index(broken)]
     assert POOL in space[broken]
 
@@ -400,17 +433,17 @@ def test_scores_are_measured_once_for_the_same_weights(started, make_context, mo
         return evaluate(self, modules)
 
     monkeypatch.setattr(type(context.score_judge), "evaluate_modules", counted)
-    first = scoring.measure_scores(context, space, "scores")
+    first = measure_scores(context, space)
     assert len(measured) == len(first)
     again = make_context()
-    assert scoring.measure_scores(again, space, "scores") == first
+    assert measure_scores(again, space) == first
     assert len(measured) == len(first)
     # Better weights are another entry in the library, and are scored again.
     site = "blocks.0.mlp"
     again.library.make(site, SLICE, again.captured, stepped=True)
     stepped = again.library.find(site, SLICE, stepped=True)
     improved = stepped.nmse < again.library.find(site, SLICE, stepped=False).nmse
-    scoring.measure_scores(again, space, "scores")
+    measure_scores(again, space)
     assert measured[len(first) :] == ([[site]] if improved else [])
 
 
