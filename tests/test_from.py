@@ -214,7 +214,7 @@ def test_on_another_machine_latency_is_measured_anew(again, first, work):
     assert (work["captured"], work["distilled"]) == (0, 0)
     assert result.summary["teacher"]["latency_ms"] != 99.0
     assert not [trial for trial in trials_of(result.path) if TAKEN in trial.user_attrs]
-    assert RunDirectory(result.path).load("scores") == run.load("scores")
+    assert run.load("scores").items() <= RunDirectory(result.path).load("scores").items()
 
 
 @pytest.mark.slow
