@@ -20,7 +20,7 @@ from mixerzoo.listing import families, length
 from mixerzoo.registry import get_registry, temporary_plugin
 from mixerzoo.testing import run_checks
 from mixerzoo_mixers import _grid
-from mixerzoo_search import image_parts
+from mixerzoo_search import image_parts, scores
 
 ROOT = Path(__file__).parent.parent
 CLI = ROOT / "docs" / "cli.md"
@@ -315,6 +315,11 @@ def test_the_numbers_of_images_are_those_of_the_code():
     assert f"{image_parts.SCORE_IMAGES} score candidates and {image_parts.STUDY_IMAGES} others" in text
     assert f"{image_parts.FINAL_IMAGES} validation images at most; {image_parts.CHOICE_IMAGES} more" in text
     assert f"{image_parts.TEST_IMAGES} test images at most" in text
+    shares = [f"{share:.0%}".removesuffix("%") for share in scores.NEAR]
+    assert (
+        f"exact plans](#exact-frontier) at {', '.join(shares[:-1])} and {shares[-1]} % of the budget" in text
+    )
+    assert (scores.AT_RANDOM, scores.HOPEFUL) == (0.1, 0.5)  # "a tenth of the candidates", "half the damage"
     assert f"{image_parts.REFIT_TOKENS:,} tokens" in text
     splits = shuffled_splits(100)
     for name, indices in vars(splits).items():

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from mixerzoo.data import Splits
 from mixerzoo.spec import Site
 
-SCORE_IMAGES = 200  # where most of the images of a search go: all candidates are judged on them
+SCORE_IMAGES = 200
 STUDY_IMAGES = 200
 FINAL_IMAGES = 400
 CHOICE_IMAGES = 600

@@ -17,11 +17,11 @@ from mixerzoo_search.context import Context
 from mixerzoo_search.prior import DamageForecast
 from mixerzoo_search.prior_table import gather, prior_table, to_json
 from mixerzoo_search.report.content import PriorTable
+from mixerzoo_search.steps import HOPE, STEP_BUDGETS
 
 AT_RANDOM = 0.1  # of the candidates that are scored before anything is known
-# Times the predicted damage: what it may be, and what gradient steps may make of it.
-HOPEFUL = 0.5
-NEAR = (1.1, 1.0, 0.9, 0.8)  # times the budget: what is near it, since latencies are predictions
+HOPEFUL = HOPE  # times the predicted damage: what it may be, as well as what gradient steps may make of it
+NEAR = (1.1, *STEP_BUDGETS)  # times the budget
 
 
 def forecast(
@@ -49,22 +49,6 @@ def additive(context: Context, space: Candidates, table: LatencyTable, damage: D
     )
 
 
-def predicted(
-    context: Context, candidates: Candidates, space: Candidates, table: LatencyTable, scores: Damage
-) -> AdditiveModel:
-    """Return the additive model of a space: its scores, and for all others what these let expect.
-
-    Args:
-        context: the search.
-        candidates: all that were distilled.
-        space: those of them that plans may hold.
-        table: latencies.
-        scores: of some of the space; what has one that is not finite is in no plan.
-    """
-    found, _ = forecast(context, candidates, scores)
-    return additive(context, space, table, {**found.damage, **scores})
-
-
 def score_what_matters(
     context: Context, candidates: Candidates, space: Candidates, table: LatencyTable
 ) -> Damage:
@@ -87,12 +71,12 @@ def score_what_matters(
             rows = rows_of(pair for pair in pairs if pair in wanted)
             scores |= measure_scores(context, rows, report, before=len(scores))
             found, _ = forecast(context, candidates, scores)
-            hopeful = {pair: HOPEFUL * found.damage[pair] for pair in pairs} | scores
-            model = additive(context, space, table, hopeful)
+            hopeful = {pair: HOPEFUL * found.damage[pair] for pair in pairs}
+            model = additive(context, space, table, {**hopeful, **scores})
             wanted = _held(model, [share * context.budget_ms for share in NEAR]) - scores.keys()
             if not wanted:
                 break
-    known = context.run.load("scores") or {}
+    known = context.run.load("scores") or {}  # those and what was taken over: the same after a kill
     entries = {pair: context.library.best(*pair) for pair in pairs}
     return measure_scores(
         context, rows_of(pair for pair, e in entries.items() if e is not None and e.key in known)

@@ -29,7 +29,7 @@ from mixerzoo_search.context import Context
 from mixerzoo_search.making import make_all
 from mixerzoo_search.prior import DamageForecast, Prior
 from mixerzoo_search.report.content import PriorTable
-from mixerzoo_search.scores import forecast, measure_scores, predicted, rows_of, score_what_matters
+from mixerzoo_search.scores import additive, forecast, measure_scores, rows_of, score_what_matters
 from mixerzoo_search.steps import next_steps, trainable
 
 TOLERANCE = 0.002  # of the teacher's latency: changes below it are not told apart
@@ -142,7 +142,8 @@ def score(context: Context, candidates: Candidates, table: LatencyTable) -> Scor
     scores = score_what_matters(context, usable, space, table)
     scores = take_steps(context, usable, space, table, scores)
     informed, prior_table = forecast(context, usable, scores)
-    model = predicted(context, usable, space, table, scores)
+    # Scores last: one that is not finite keeps its candidate out of every plan.
+    model = additive(context, space, table, {**informed.damage, **scores})
     return Scored(model=model, prior=_prior(context, model, informed), prior_table=prior_table)
 
 
@@ -192,7 +193,8 @@ def take_steps(
         scores |= {pair: closed[pair] for pair in worse}
         if stored["done"]:
             return scores
-        model = predicted(context, candidates, space, table, scores)
+        informed, _ = forecast(context, candidates, scores)
+        model = additive(context, space, table, {**informed.damage, **scores})
         more = next_steps(context, model, able, chosen, closed, scores)
         chosen += more
         stored = {"done": not more, "chosen": _texts(chosen), "worse": _texts(worse)}

@@ -373,18 +373,31 @@ def test_what_no_hopeful_plan_near_the_budget_holds_is_predicted(started, make_c
     found = scores_module.score_what_matters(context, space, space, table)
     assert 0 < len(found) < len(pairs(space))
     assert len(context.run.load("scores")) == len(found)  # nothing else was measured
-    model = scores_module.predicted(context, space, space, table, found)
     expected = scores_module.forecast(context, space, found)[0].damage
-    for site, candidate in pairs(space):
-        plan = Plan.of({site: candidate}, context.teacher.sites)
-        loss = found.get((site, candidate), expected[site, candidate])
-        assert model.predict_loss(plan) == pytest.approx(loss)
     # As good as if all had been scored: no plan that holds another one could be better, if that did half the damage.
     hopeful = {pair: found.get(pair, scores_module.HOPEFUL * expected[pair]) for pair in pairs(space)}
     for damage in (hopeful, {**expected, **found}):
         best = exact.solve(additive(context, space, table, damage), context.budget_ms)
         assert {pair for pair in best.plan.choices if not pair[1].is_keep} <= set(found)
     assert scores_module.score_what_matters(make_context(), space, space, table) == found
+
+
+def test_the_model_has_predictions_where_there_are_no_scores(make_context, monkeypatch):
+    context = make_context(distill_steps=0)
+    space = space_of(context, NONE, STATIC, POOL, SLICE)
+    table = latency_table(context, space)
+    scoring.distill_closed_form(context, space, table)
+    monkeypatch.setattr(scores_module, "AT_RANDOM", 0.0)
+    monkeypatch.setattr(scores_module, "NEAR", (1.0,))
+    monkeypatch.setattr(scoring, "UNIFORM_SHARE", 1.0)  # nothing is left out
+    scored = scoring.score(context, space, table)
+    rows = {(row.site, row.candidate): row for row in scored.prior_table.rows}
+    assert 0 < sum(row.score is None for row in rows.values()) < len(rows)
+    for site, candidate in pairs(space):
+        row = rows[site, str(candidate)]
+        plan = Plan.of({site: candidate}, context.teacher.sites)
+        loss = row.fitted if row.score is None else row.score
+        assert scored.model.predict_loss(plan) == pytest.approx(loss)
 
 
 def test_scores_that_a_run_has_taken_over_count(started, make_context, monkeypatch):

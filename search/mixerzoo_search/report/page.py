@@ -48,8 +48,7 @@ def report_page(report: Report) -> str:
         + _card(
             f"Loss: Spearman {_rank(score.get('spearman'))}",
             "Predicted by summing scores (predicted ones, where none was measured), then measured on "
-            f"{numbers.short(score.get('plans', 0))} plans. "
-            "Only the order matters here.",
+            f"{numbers.short(score.get('plans', 0))} plans. Only the order matters here.",
             to_div(agreement_chart(loss, quantity="loss", unit="", log=log_losses(report)), "loss_fit"),
         )
         + "</div>",
