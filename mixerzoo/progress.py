@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -16,6 +17,18 @@ from rich.progress import (
 )
 
 Report = Callable[[float], None]
+
+
+class Bar(Protocol):
+    """What a phase is told: how much is done, and how much there is, where that has changed."""
+
+    def __call__(self, done: float, total: float | None = None) -> None:
+        """Show it."""
+
+
+def beginning_at(before: float, report: Report) -> Report:
+    """Return what a part of a phase reports to, if so much was done before it."""
+    return lambda done: report(before + done)
 
 
 class Reporter:
@@ -31,10 +44,10 @@ class Reporter:
             self.console.print(text, highlight=False)
 
     @contextmanager
-    def phase(self, name: str, total: float) -> Iterator[Report]:
+    def phase(self, name: str, total: float) -> Iterator[Bar]:
         """Show a bar inside the block; call the yielded function with how much is done."""
         if self.silent:
-            yield lambda done: None
+            yield lambda done, total=None: None
             return
         with Progress(
             TextColumn("{task.description:<34}"),
@@ -46,5 +59,5 @@ class Reporter:
             console=self.console,
         ) as progress:
             task = progress.add_task(name, total=total)
-            yield lambda done: progress.update(task, completed=done)
-            progress.update(task, completed=total)
+            yield lambda done, total=None: progress.update(task, completed=done, total=total)
+            progress.update(task, completed=progress.tasks[task].total)

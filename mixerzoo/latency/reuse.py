@@ -14,7 +14,7 @@ from mixerzoo.latency.rounds import Rounds
 from mixerzoo.latency.stopwatch import Stopwatch
 from mixerzoo.latency.store import Entries, LatencyFile
 from mixerzoo.plan import Candidate
-from mixerzoo.progress import Report, Reporter
+from mixerzoo.progress import Report, Reporter, beginning_at
 from mixerzoo.registry import get_registry
 from mixerzoo.spec import RuntimeSpec
 
@@ -111,7 +111,7 @@ def know(
                     rest = _take(known, part, file.read())
                     if not _count(rest):
                         continue
-                    base, found = _measured(stopwatch, rest, _after(report, TABLE.least * number))
+                    base, found = _measured(stopwatch, rest, beginning_at(TABLE.least * number, report))
                     file.write(found, teacher_ms=base)
                 known.measured += _count(rest)
                 for shape, row in found.items():
@@ -166,7 +166,7 @@ def _drift(
         part.setdefault(shape, []).append(candidate)
     with reporter.phase("does the latency table still hold", CHECK.least) as report:
         try:
-            _, now = measure_in_place(stopwatch, part, rounds=CHECK, on_round=_after(report, 0))
+            _, now = measure_in_place(stopwatch, part, rounds=CHECK, on_round=report)
         except Exception as error:
             return f"{chosen[0][1]} or one like it no longer runs ({_one_line(error)})"
     for shape, candidate in chosen:
@@ -211,10 +211,6 @@ def _is_poor(placed: InPlace | None) -> bool:
 
 def _count(candidates: Mapping[str, Row]) -> int:
     return sum(len(row) for row in candidates.values())
-
-
-def _after(report: Report, before: int) -> Report:
-    return lambda done: report(before + done)
 
 
 def _parts(candidates: Mapping[str, Row]) -> list[dict[str, list[Candidate]]]:

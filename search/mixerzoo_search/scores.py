@@ -9,7 +9,7 @@ import numpy as np
 
 from mixerzoo.latency import LatencyTable
 from mixerzoo.plan import Candidate
-from mixerzoo.progress import Report
+from mixerzoo.progress import Report, beginning_at
 from mixerzoo_search import exact
 from mixerzoo_search.additive import AdditiveModel
 from mixerzoo_search.candidates import Candidates, Damage, Pair
@@ -66,10 +66,11 @@ def score_what_matters(
     dice = np.random.default_rng([context.settings.seed, 2])
     wanted = {pair for pair in pairs if dice.random() < AT_RANDOM}
     scores: dict[Pair, float] = {}
-    with context.reporter.phase("scores, one site replaced", len(pairs)) as report:
+    with context.reporter.phase("scores, one site replaced", len(wanted)) as report:
         while True:
             rows = rows_of(pair for pair in pairs if pair in wanted)
-            scores |= measure_scores(context, rows, report, before=len(scores))
+            report(len(scores), len(scores) + len(wanted))
+            scores |= measure_scores(context, rows, beginning_at(len(scores), report))
             found, _ = forecast(context, candidates, scores)
             hopeful = {pair: HOPEFUL * found.damage[pair] for pair in pairs}
             model = additive(context, space, table, {**hopeful, **scores})
@@ -95,9 +96,7 @@ def _held(model: AdditiveModel, budgets_ms: Iterable[float]) -> set[Pair]:
     }
 
 
-def measure_scores(
-    context: Context, space: Candidates, report: Report = lambda done: None, *, before: int = 0
-) -> Damage:
+def measure_scores(context: Context, space: Candidates, report: Report = lambda done: None) -> Damage:
     """Return the replace-one loss of every candidate with its best weights; kept by library key in `scores.json`.
 
     A loss that is not finite, as of a mixer that breaks down on these images, is null there and NaN here: such a
@@ -107,7 +106,6 @@ def measure_scores(
         context: the search.
         space: the candidates.
         report: shows progress.
-        before: scores that were measured before these, for that.
     """
     known: dict[str, float | None] = context.run.load("scores") or {}
     best = {(site, c): context.library.best(site, c) for site, row in space.items() for c in row}
@@ -118,7 +116,7 @@ def measure_scores(
         loss = context.score_judge.evaluate_modules({site: module}).loss
         known[entry.key] = loss if math.isfinite(loss) else None
         context.run.store("scores", known)
-        report(before + done + 1)
+        report(done + 1)
     return {pair: _or_nan(known[entry.key]) for pair, entry in entries.items()}
 
 
