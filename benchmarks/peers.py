@@ -20,6 +20,7 @@ from peer_students.places import DIGITS, TEACHERS, Place, open_place
 from peer_students.rows import OVER, Key, Row, Rows, bars, show, tell
 from peer_students.tome import MergingHost
 from rich.console import Console
+from torch import nn
 
 from mixerzoo.denormals import tiny_as_zero
 from mixerzoo.errors import MixerzooError
@@ -101,9 +102,7 @@ def _figures(problem: Problem, made: Made, seconds: float) -> Row:
             Recipe(seconds=seconds, seed=problem.seed),
             evaluate=lambda model: ground.validation.evaluate(model).loss,
         )
-        # As in a search: the best state was chosen on these images, and must be clearly better on them.
-        gains = ground.validation.losses(made.student) - ground.validation.losses(tuned.student)
-        student = tuned.student if is_clear(gains) else made.student
+        student = tuned.student if _has_helped(ground, made.student, tuned.student) else made.student
         finetuned = {
             "kept": student is tuned.student,
             "seconds": round(tuned.seconds, 1),
@@ -131,6 +130,14 @@ def _figures(problem: Problem, made: Made, seconds: float) -> Row:
         "params": count_params(student),
         "finetuned": finetuned,
     }
+
+
+def _has_helped(ground: Ground, before: nn.Module, after: nn.Module) -> bool:
+    """Say whether fine-tuning has helped, as a search does: its best state was chosen on the validation images."""
+    further = ground.further
+    if further is None:
+        return is_clear(ground.validation.losses(before) - ground.validation.losses(after))
+    return bool(further.losses(after).mean() < further.losses(before).mean())
 
 
 def _told(row: Row) -> str:

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from mixerzoo.hosts import Teacher, assemble, run_stages
 
+HARMLESS = 1e-4  # of the loss of a constant answer: a student that loses less is as good as its teacher
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -113,6 +115,19 @@ class Judge:
         """Evaluate the teacher with `modules` at the named sites."""
         first = min((self.teacher.site(name).stage for name in modules), default=0)
         return self.evaluate(assemble(self.teacher.model, modules), first=first)
+
+    def constant_loss(self) -> float:
+        """Return the loss of a student that answers the same for every image: the worst to be expected."""
+        if self.teacher.classifier:
+            constant = self.target.softmax(-1).mean(0, keepdim=True).clamp_min(1e-12).log()
+        else:
+            constant = self.target.mean(0, keepdim=True)
+        answers = constant.expand_as(self.target)
+        return float(output_loss(answers, self.target, classifier=self.teacher.classifier).mean())
+
+    def harmless_loss(self) -> float:
+        """Return the loss up to which a student is as good as its teacher."""
+        return HARMLESS * self.constant_loss()
 
     def teacher_evaluation(self) -> Evaluation:
         """Return the teacher's own figures: loss 0, agreement 1."""

@@ -27,7 +27,19 @@ def test_rounds_share_the_time(plans, sizes):
     assert all(one.of == plans for one in found)
 
 
-def play(before, after):
+@pytest.mark.parametrize(
+    ("shortest", "sizes"), [(5.0, [4, 2, 1]), (5.1, [2, 1]), (15.0, [2, 1]), (16.0, [1]), (100.0, [1])]
+)
+def test_fewer_plans_begin_where_turns_would_be_too_short(shortest, sizes):
+    found = rounds(4, 60.0, shortest)
+    assert [one.plans for one in found] == sizes
+    assert all(one.of == sizes[0] for one in found)
+    assert sum(one.plans * one.seconds for one in found) == pytest.approx(60)
+    assert found[0].seconds >= shortest or sizes == [1]
+    assert rounds(0, 60.0, shortest) == []
+
+
+def play(before, after, begin=None):
     """Play with plans whose loss is `before` at first and `after[plan][n]` after round n; return all that was seen."""
     turns, stored = [], []
 
@@ -38,7 +50,7 @@ def play(before, after):
 
     last, played = halve(
         {plan: (plan, loss) for plan, loss in before.items()},
-        30.0,
+        rounds(len(before) if begin is None else begin, 30.0),
         loss=lambda entry: entry[1],
         tune=tune,
         on_round=lambda played: stored.append(len(played)),
@@ -62,6 +74,15 @@ def test_a_plan_that_is_best_after_steps_wins_whatever_it_was_before():
     assert found["rounds"][0]["plans"]["b"] == {"before": 2.0, "after": 0.8, "kept": False}
     assert sentence(found).startswith("4 plans distilled as a whole in 3 rounds")
     assert "Spearman -0.80" in sentence(found)
+
+
+def test_only_the_best_begin_where_the_first_round_has_no_place_for_all():
+    before = {"a": math.nan, "b": 2.0, "c": 3.0, "d": 1.0}
+    last, played, turns = play(before, {"b": [0.5, 0.4], "d": [0.6]}, begin=2)
+    assert [plan for _, _, plan in turns] == ["d", "b", "b"]
+    assert (last["b"], last["c"], last["d"]) == (0.4, 3.0, 0.6)
+    assert summary(played)["plans"] == 2
+    assert sentence(summary(played)).startswith("2 plans distilled as a whole in 2 rounds")
 
 
 def test_a_loss_that_is_not_finite_comes_last():
@@ -110,7 +131,8 @@ def test_a_finish_goes_by_the_rounds_and_leaves_the_teacher_alone(monkeypatch):
         settings=SimpleNamespace(finetune_minutes=1.0, device="cpu"),
         reporter=Reporter(quiet=True),
         run=SimpleNamespace(store=stored.__setitem__),
-        final_judge=None,
+        final_judge=SimpleNamespace(harmless_loss=lambda: 0.01),
+        teacher_ms=1.0,
     )
 
     def tuned(context, finalist, this, evaluate, on_progress):
@@ -126,11 +148,31 @@ def test_a_finish_goes_by_the_rounds_and_leaves_the_teacher_alone(monkeypatch):
     assert all(replaced for replaced, _, _ in asked)
     assert stored["finetuning"] == tuning
     assert tuning["spearman"] == pytest.approx(-1)
+    asked.clear()
+    context.teacher_ms = 8.0  # turns of 15 s are too short
+    finish._in_rounds(context, ready)
+    assert [(number, seconds) for _, number, seconds in asked] == [(1, 60.0)]
+
+
+def test_a_student_that_is_as_good_as_its_teacher_is_left_as_it_is(monkeypatch):
+    teacher = tiny.tiny_teacher()
+    context = SimpleNamespace(
+        settings=SimpleNamespace(finetune_minutes=1.0, device="cpu"),
+        reporter=Reporter(quiet=True),
+        final_judge=SimpleNamespace(harmless_loss=lambda: 0.01),
+        teacher_ms=1.0,
+    )
+    monkeypatch.setattr(finish, "_finetuned", lambda *_: pytest.fail("nothing to learn"))
+    ready = [finalist(teacher, 0.01), finalist(teacher, 0.0, "none")]
+    last, tuning = finish._in_rounds(context, ready)
+    assert last == ready
+    assert tuning == summary([])
 
 
 def test_a_search_goes_on_between_rounds_and_takes_none_again(tmp_path, monkeypatch):
     tiny_search.write_npz(tmp_path / "data.npz")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(finish, "TURN", 0)  # all plans have their turn, however short
     calls, finetune = [], finish.finetune
 
     def counted(teacher, student, images, *, checkpoint, **options):

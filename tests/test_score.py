@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mixerzoo.hosts import Replacement, assemble
-from mixerzoo.score import Judge, judge, output_loss
+from mixerzoo.score import HARMLESS, Judge, judge, output_loss
 
 COUNT = 13
 
@@ -163,6 +163,14 @@ def test_batches_are_counted():
     seen = []
     Judge(tiny.tiny_teacher(), tiny.tiny_batches(COUNT, batch_size=5), None, on_batch=seen.append)
     assert seen == [1, 2, 3]
+
+
+def test_a_constant_answer_loses_the_entropy_of_sure_answers_and_the_spread_of_embeddings(setting):
+    teacher, the_judge = setting
+    the_judge.target = 50 * torch.eye(10).repeat(20, 1)  # 10 classes or directions, equally often
+    expected = math.log(10) if teacher.classifier else 1 - 1 / math.sqrt(10)
+    assert the_judge.constant_loss() == pytest.approx(expected, rel=1e-4)
+    assert the_judge.harmless_loss() == pytest.approx(HARMLESS * expected, rel=1e-4)
 
 
 def test_without_prefixes_a_student_is_judged_the_same_from_the_images():

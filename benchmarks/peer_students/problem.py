@@ -123,10 +123,19 @@ class Ground:
         """The calibration images, prepared."""
         return list(image_batches(self.data, self.indices, self.teacher.image))
 
+    @property
+    def _parts(self) -> ImageParts:
+        return ImageParts.of(self.data.splits, len(self.indices))
+
+    @cached_property
+    def further(self) -> Exam | None:
+        """Validation images that nothing was chosen on before, if there are any left."""
+        indices = self._parts.choice
+        return Exam(self.teacher, self.data, indices) if indices else None
+
     def refit_batches(self) -> Iterator[torch.Tensor]:
         """Yield the images that a search refits its students on, prepared."""
-        parts = ImageParts.of(self.data.splits, len(self.indices))
-        chosen = parts.refit[: enough_to_refit(self.teacher.sites)]
+        chosen = self._parts.refit[: enough_to_refit(self.teacher.sites)]
         return image_batches(self.data, chosen, self.teacher.image)
 
     @cached_property

@@ -25,7 +25,6 @@ from mixerzoo.opening import open_teacher
 from mixerzoo.plan import KEEP, Candidate, Plan
 from mixerzoo_search.additive import AdditiveModel
 from mixerzoo_search.pareto import hypervolume
-from mixerzoo_search.summary import constant_loss
 from search_parts.samplers import OTHERS_OF_TWO as OTHERS
 from search_parts.samplers import exact_plans, ours, run
 from search_parts.space import CpuStopwatch, Space
@@ -71,7 +70,7 @@ def measure(section: Section, console: Console, *, cache: Path, evaluations: int
     space = Space(names, cache / "hypervolume", images=IMAGES, processes=os.cpu_count() or 1)
     judged = Evaluations(space, cache / "hypervolume" / "evaluations")
     model = _model(space, judged, cache / "hypervolume")
-    constant = constant_loss(judged.judge, classifier=space.teacher.classifier)
+    constant = judged.judge.constant_loss()
 
     def truth(plan: Mapping[str, str]) -> tuple[float, float]:
         return judged.loss(plan), _predicted(model, plan)

@@ -29,6 +29,7 @@ from mixerzoo_search.recalibrate import solved_again
 REFITTED = 4  # plans that are refitted, and distilled as a whole in rounds
 MEASURED = 12  # plans at most that are measured again to find those
 SURELY = 1.03  # a plan meets a limit that it does not exceed, and certainly not by so many times
+TURN = 2000  # latencies of the teacher, at least, for a plan's turn: about 60 gradient steps on a CPU
 STRICTER = 0.97  # times the limit, where every plan misses it when measured again
 ATTEMPTS = 8
 
@@ -173,11 +174,17 @@ def _refitted(context: Context, results: Sequence[PlanResult]) -> list[Finalist]
 
 
 def _in_rounds(context: Context, ready: Sequence[Finalist]) -> tuple[list[Finalist], dict[str, Any]]:
-    """Distil students as a whole in rounds (see `halving`); return each as its last round left it, and the rounds."""
-    entries = {f.result.plan.key: f for f in ready if f.result.plan.replaced()}
+    """Distil students as a whole in rounds (see `halving`); return each as its last round left it, and the rounds.
+
+    Those that are as good as their teacher have nothing to learn.
+    """
+    harmless = context.final_judge.harmless_loss()
+    entries = {f.result.plan.key: f for f in ready if f.result.plan.replaced() and not f.loss <= harmless}
     evaluate = held_out(context, context.settings.device) if entries else None
-    turns = sum(one.plans for one in halving.rounds(len(entries), 1.0))
-    with context.reporter.phase("distillation as a whole", turns) as report:
+    rounds = halving.rounds(
+        len(entries), 60 * context.settings.finetune_minutes, shortest=TURN * context.teacher_ms / 1000
+    )
+    with context.reporter.phase("distillation as a whole", sum(one.plans for one in rounds)) as report:
 
         def tune(finalist: Finalist, this: halving.Round, turn: int) -> Finalist:
             assert evaluate is not None
@@ -185,7 +192,7 @@ def _in_rounds(context: Context, ready: Sequence[Finalist]) -> tuple[list[Finali
 
         last, played = halving.halve(
             entries,
-            60 * context.settings.finetune_minutes,
+            rounds,
             loss=lambda finalist: finalist.loss,
             tune=tune,
             on_round=lambda played: context.run.store("finetuning", halving.summary(played)),
@@ -218,13 +225,23 @@ def _finetuned(
         checkpoint=folder,
         on_progress=on_progress,
     )
-    after = context.final_judge.losses(tuned)
-    # Its best state was chosen on these images: so it looks better on them than it is, and must be clearly better.
-    if is_clear(finalist.losses - after):
-        finalist = _with(context, finalist, tuned, after, source="finetuned")
+    if _is_better(context, tuned, finalist):
+        finalist = _with(context, finalist, tuned, context.final_judge.losses(tuned), source="finetuned")
     _save(context, folder, finalist)
     remove_checkpoint(folder)
     return finalist
+
+
+def _is_better(context: Context, tuned: nn.Module, finalist: Finalist) -> bool:
+    """Say whether distillation has helped.
+
+    The best state was chosen on the images of `final_judge`, so that it looks better on them than it is: others decide,
+    or, where there are none, it must be clearly better.
+    """
+    if not context.image_parts.choice:
+        return is_clear(finalist.losses - context.final_judge.losses(tuned))
+    before, after = (context.choice_judge.losses(student) for student in (finalist.student, tuned))
+    return bool(after.mean() < before.mean())  # not where it is NaN
 
 
 def _best(context: Context, ready: Sequence[Finalist]) -> Finalist | None:

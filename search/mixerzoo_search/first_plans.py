@@ -7,7 +7,6 @@ import numpy as np
 from mixerzoo_search import exact
 from mixerzoo_search.additive import AdditiveModel
 from mixerzoo_search.context import Context
-from mixerzoo_search.summary import constant_loss
 
 SWEEP = 12  # budgets of the exact frontier
 NEAR = (1.0, 0.97, 0.94)  # times the budget: its own plans leave room for the error of the prediction
@@ -23,7 +22,7 @@ def first_plans(context: Context, model: AdditiveModel) -> list[exact.Solution]:
     The sweep begins where plans are predicted to do better than a constant answer. Faster ones would be measured for
     long, since their predictions are poor, and lead the study to others like them.
     """
-    worst = constant_loss(context.study_judge, classifier=context.teacher.classifier)
+    worst = context.study_judge.constant_loss()
     begin = min(context.budget_ms, fastest_hopeful(model, context.teacher_ms, HOPEFUL * worst))
     sweep = np.linspace(begin, context.teacher_ms, SWEEP + 1)[:-1].tolist()
     near = exact.frontier(model, [share * context.budget_ms for share in NEAR], per_budget=2)

@@ -21,7 +21,6 @@ from mixerzoo_search import exact
 from mixerzoo_search.additive import AdditiveModel
 from mixerzoo_search.candidates import Damage, Pair
 from mixerzoo_search.context import Context
-from mixerzoo_search.summary import constant_loss
 
 STEPPED_PER_SITE = 1.5  # candidates that may get steps, unless there is a limit of minutes
 ROUND = 0.25  # candidates a site that get steps in one round, before what they did is looked at
@@ -32,7 +31,6 @@ HOPE = 0.5
 ENOUGH = 3  # measured effects on candidates of a mixer after which they alone say what to hope for
 LEAST_GAIN = 1e-3  # of a plan's loss, below which the predictions of plans are not worth steps
 STEPS_PER_SOLVE = 10.0  # seconds of steps for a second of the closed form, until there are measured ones
-HARMLESS = 1e-4  # of the loss of a constant answer: a plan that loses less is as good as the teacher
 PRICES = 384  # of a millisecond, at which the bound on what a candidate could gain is computed
 
 
@@ -109,7 +107,7 @@ def next_steps(
     most = max(2, round(ROUND * len(model.sites)))
     minutes = context.settings.distill_minutes
     budgets = [context.budget_ms * share for share in STEP_BUDGETS]
-    harmless = HARMLESS * constant_loss(context.score_judge, classifier=context.teacher.classifier)
+    harmless = context.score_judge.harmless_loss()
     if minutes is None:
         most = min(most, round(STEPPED_PER_SITE * len(model.sites)) - len(chosen))
         return [] if most <= 0 else next_round(model, budgets, factors, None, most=most, harmless=harmless)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mixerzoo.latency import environment
-from mixerzoo.score import Evaluation, Judge, output_loss
+from mixerzoo.score import Evaluation
 from mixerzoo_search import exact
 from mixerzoo_search.candidates import Candidates
 from mixerzoo_search.context import Context
@@ -43,16 +43,6 @@ def frontier_of(results: Sequence[PlanResult]) -> list[PlanResult]:
     return [results[at] for at in non_dominated([(r.latency_ms, r.loss) for r in results])]
 
 
-def constant_loss(judge: Judge, *, classifier: bool) -> float:
-    """Return the loss of a student that answers the same for every image: the worst to be expected."""
-    target = judge.target
-    if classifier:
-        constant = target.softmax(-1).mean(0, keepdim=True).clamp_min(1e-12).log()
-    else:
-        constant = target.mean(0, keepdim=True)
-    return float(output_loss(constant.expand_as(target), target, classifier=classifier).mean())
-
-
 def plan_row(result: PlanResult, test: Evaluation | None = None) -> dict[str, Any]:
     """Return a result under the keys of the summary; with `test`, the figures on the test images."""
     judged: PlanResult | Evaluation = result if test is None else test
@@ -70,7 +60,7 @@ def plan_row(result: PlanResult, test: Evaluation | None = None) -> dict[str, An
 def summarize(context: Context, findings: Findings) -> dict[str, Any]:
     """Return the summary: the teacher and the winner on test images, the frontier on study images."""
     teacher, best, results = context.teacher, findings.outcome.best, findings.all_results
-    worst = constant_loss(context.study_judge, classifier=teacher.classifier)
+    worst = context.study_judge.constant_loss()
     points = [(r.latency_ms / context.teacher_ms, r.loss / worst) for r in results]
     wall_s = context.run.wall_s()
     return {

@@ -114,6 +114,7 @@ def test_distillation_must_be_clearly_better_where_its_best_state_was_chosen(tmp
         settings=SimpleNamespace(seed=0, device="cpu"),
         teacher=None,
         training_images=None,
+        image_parts=SimpleNamespace(choice=()),
     )
     monkeypatch.setattr(finishing, "_save", lambda *_: None)
     before = finishing.Finalist(result=result(0.1), student="old", losses=old)
@@ -132,6 +133,17 @@ def test_distillation_must_be_clearly_better_where_its_best_state_was_chosen(tmp
         assert (found.result.agreement, found.result.accuracy) == (0.5, 0.25)
         assert found.result.source == "finetuned"
         assert found.result.latency_ms == before.result.latency_ms
+
+
+@pytest.mark.parametrize(("mean", "kept"), [(0.19, True), (0.21, False), (float("nan"), False)])
+def test_further_images_decide_whether_distillation_has_helped(mean, kept):
+    losses = {"old": torch.full((50,), 0.2), "new": torch.full((50,), mean)}
+    context = SimpleNamespace(
+        choice_judge=SimpleNamespace(losses=losses.__getitem__),
+        image_parts=SimpleNamespace(choice=range(50)),
+    )
+    before = finishing.Finalist(result=result(0.1), student="old", losses=torch.full((100,), 0.3))
+    assert finishing._is_better(context, "new", before) is kept
 
 
 def test_where_it_is_not_clear_which_student_is_best_further_images_decide():

@@ -1,8 +1,9 @@
 """Successive halving: the best few plans are distilled as a whole in rounds, and the weaker half is dropped after each.
 
 Which plan is best before gradient steps need not be best after them, so that none is chosen before it had some.
-Rounds share the time equally, and the plans of a round share its time: the winner gets most. A round that helps no plan
-is the last: where steps have nothing to gain, the time is not spent.
+Rounds share the time equally, and the plans of a round share its time: the winner gets most. Where that leaves turns
+too short to change anything, only the best plans take part. A round that helps no plan is the last: where steps have
+nothing to gain, the time is not spent.
 """
 
 from __future__ import annotations
@@ -69,11 +70,16 @@ class Played:
         }
 
 
-def rounds(plans: int, seconds: float) -> list[Round]:
-    """Return the rounds for so many plans, down to a single one, that take so many seconds in all."""
+def rounds(plans: int, seconds: float, shortest: float = 0.0) -> list[Round]:
+    """Return the rounds for so many plans, down to a single one, that take so many seconds in all.
+
+    Fewer plans begin where their turns would be shorter than `shortest` seconds; a single one has them all.
+    """
     sizes = [plans] if plans else []
     while sizes and sizes[-1] > 1:
-        sizes.append(-(-sizes[-1] // 2))
+        sizes.append(_half(sizes[-1]))
+    if plans > 1 and seconds / len(sizes) / plans < shortest:
+        return rounds(_half(plans), seconds, shortest)
     return [
         Round(number=number, of=plans, plans=size, seconds=seconds / len(sizes) / size)
         for number, size in enumerate(sizes, 1)
@@ -82,7 +88,7 @@ def rounds(plans: int, seconds: float) -> list[Round]:
 
 def halve(
     entries: Mapping[str, T],
-    seconds: float,
+    rounds: Sequence[Round],
     *,
     loss: Callable[[T], float],
     tune: Callable[[T, Round, int], T],
@@ -91,8 +97,8 @@ def halve(
     """Play all rounds, or until one helps no plan; return every plan as its last round left it, and what happened.
 
     Args:
-        entries: plan -> what `tune` takes.
-        seconds: in all.
+        entries: plan -> what `tune` takes; the best take part, as many as the first round is for.
+        rounds: the rounds.
         loss: held-out loss of an entry.
         tune: an entry, the round, and how many plans had their turn in this and earlier rounds, to the entry
             after that.
@@ -100,16 +106,18 @@ def halve(
     """
     last = dict(entries)
     alive = list(entries)
+    if rounds and rounds[0].plans < len(alive):
+        alive = sorted(alive, key=lambda plan: _rank(loss(last[plan])))[: rounds[0].plans]
     played: list[Played] = []
     turns = 0
-    for this in rounds(len(entries), seconds):
+    for this in rounds:
         before = {plan: loss(last[plan]) for plan in alive}
         for plan in alive:
             last[plan] = tune(last[plan], this, turns)
             turns += 1
         after = {plan: loss(last[plan]) for plan in alive}
         ranked = sorted(alive, key=lambda plan: _rank(after[plan]))
-        alive = ranked[: -(-len(ranked) // 2)]
+        alive = ranked[: _half(len(ranked))]
         played.append(Played(round=this, before=before, after=after, kept=tuple(alive)))
         on_round(played)
         if not _helped(before, after):
@@ -145,6 +153,10 @@ def sentence(found: Mapping[str, Any]) -> str:
     if ranks is not None:
         told += f"; losses before and after the first rank with Spearman {ranks:.2f}"
     return told + "; the last helped none" * in_vain
+
+
+def _half(plans: int) -> int:
+    return -(-plans // 2)
 
 
 def _rank(value: float) -> float:
