@@ -41,7 +41,8 @@ class Finalist:
     Attributes:
         result: its figures, comparable with those of all other plans.
         student: with the best weights so far.
-        losses: one an image (n,), on images that its plan was not chosen on. What is done to it is decided by these.
+        losses: one an image (n,), on images that its plan was not chosen on. What is done to it is decided by these
+            or, where they have chosen a state, by further ones.
     """
 
     result: PlanResult
