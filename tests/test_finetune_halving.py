@@ -121,7 +121,9 @@ def finalist(teacher, loss, mixer="pool"):
         plan=plan, loss=loss, agreement=0.5, accuracy=None, latency_ms=1.0, predicted_ms=1.0,
         predicted_loss=loss, params=1, source="refit",
     )  # fmt: skip
-    return finish.Finalist(result=result, student=teacher.model, losses=torch.tensor([loss]))
+    return finish.Finalist(
+        result=result, student=teacher.model, losses=torch.tensor([loss]), further=torch.empty(0)
+    )
 
 
 def test_a_finish_goes_by_the_rounds_and_leaves_the_teacher_alone(monkeypatch):

@@ -41,19 +41,20 @@ class Finalist:
     Attributes:
         result: its figures, comparable with those of all other plans.
         student: with the best weights so far.
-        losses: one an image (n,), on images that its plan was not chosen on. What is done to it is decided by these
-            or, where they have chosen a state, by further ones.
+        losses: one an image (n,), on images that its plan was not chosen on. Refits, and which state of a training is
+            the best, are decided by these.
+        further: likewise (m,), on images that no weights were chosen on; empty where there are none.
     """
 
     result: PlanResult
     student: nn.Module
     losses: torch.Tensor
+    further: torch.Tensor
 
     @property
     def loss(self) -> float:
-        """The mean; infinite where it is not finite."""
-        loss = float(self.losses.mean())
-        return loss if math.isfinite(loss) else math.inf
+        """The mean over all these images; infinite where it is not finite."""
+        return _mean(torch.cat([self.losses, self.further]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +102,7 @@ def finish(context: Context, results: Sequence[PlanResult], model: AdditiveModel
         ready, tuning = _in_rounds(context, ready)
         made |= {f.result: None for f in ready}
     return Outcome(
-        best=_best(context, ready),
+        best=min(ready, key=lambda f: f.loss, default=None),
         results=[*further, *(result for result in made if result.source in ("refit", "finetuned"))],
         finetuning=tuning,
     )
@@ -163,15 +164,23 @@ def _refitted(context: Context, results: Sequence[PlanResult]) -> list[Finalist]
         batches = image_batches(context.data, context.refit_images, teacher.image)
         with context.reporter.phase("sequential refit", len(teacher.sites)) as report:
             refit_students(teacher, students, batches, on_site=report)
-    for result, refitted in zip(todo, students, strict=True):
-        stitched = assemble(teacher.model, evaluator.modules(result.plan))
-        finalist = Finalist(result=result, student=stitched, losses=context.final_judge.losses(stitched))
-        after = context.final_judge.losses(refitted.student)
-        if after.mean() < finalist.loss:  # not where it is NaN
-            finalist = _with(context, finalist, refitted.student, after, source="refit")
-        _save(context, folders[result.plan], finalist)
-        found[result.plan] = finalist
+        with context.reporter.phase("the best students, judged", len(todo)) as report:
+            for number, (result, refitted) in enumerate(zip(todo, students, strict=True), 1):
+                finalist = _better(context, result, refitted.student)
+                _save(context, folders[result.plan], finalist)
+                found[result.plan] = finalist
+                report(number)
     return [finalist for finalist in found.values() if finalist is not None]
+
+
+def _better(context: Context, result: PlanResult, refitted: nn.Module) -> Finalist:
+    """Return a plan's student, as stitched or refitted, whichever is better."""
+    student = assemble(context.teacher.model, context.evaluator.modules(result.plan))
+    losses, after = (context.final_judge.losses(one) for one in (student, refitted))
+    if _mean(after) < _mean(losses):
+        result = _judged_again(context, result, refitted, source="refit")
+        student, losses = refitted, after
+    return Finalist(result=result, student=student, losses=losses, further=_further(context, student))
 
 
 def _in_rounds(context: Context, ready: Sequence[Finalist]) -> tuple[list[Finalist], dict[str, Any]]:
@@ -226,62 +235,36 @@ def _finetuned(
         checkpoint=folder,
         on_progress=on_progress,
     )
-    if _is_better(context, tuned, finalist):
-        finalist = _with(context, finalist, tuned, context.final_judge.losses(tuned), source="finetuned")
+    if tuned is not finalist.student:
+        losses, further = context.final_judge.losses(tuned), _further(context, tuned)
+        # Its best state was chosen by the first, so that it looks better there than it is: others decide.
+        if further.mean() < finalist.further.mean() if len(further) else is_clear(finalist.losses - losses):
+            result = _judged_again(context, finalist.result, tuned, source="finetuned")
+            finalist = Finalist(result=result, student=tuned, losses=losses, further=further)
     _save(context, folder, finalist)
     remove_checkpoint(folder)
     return finalist
 
 
-def _is_better(context: Context, tuned: nn.Module, finalist: Finalist) -> bool:
-    """Say whether distillation has helped.
-
-    The best state was chosen on the images of `final_judge`, so that it looks better on them than it is: others decide,
-    or, where there are none, it must be clearly better.
-    """
-    if not context.image_parts.choice:
-        return is_clear(finalist.losses - context.final_judge.losses(tuned))
-    before, after = (context.choice_judge.losses(student) for student in (finalist.student, tuned))
-    return bool(after.mean() < before.mean())  # not where it is NaN
+def _further(context: Context, student: nn.Module) -> torch.Tensor:
+    """Return a student's losses (m,) on the further validation images; empty where there are none."""
+    return context.choice_judge.losses(student) if context.image_parts.choice else torch.empty(0)
 
 
-def _best(context: Context, ready: Sequence[Finalist]) -> Finalist | None:
-    """Return the finalist of lowest loss; those that are not clearly worse are compared on further images, too."""
-    first = min(ready, key=lambda f: f.loss, default=None)
-    if first is None or not context.image_parts.choice:
-        return first
-    close = [f for f in ready if math.isfinite(f.loss) and not is_clear(f.losses - first.losses)]
-    if len(close) < 2:
-        return first
-    further = []
-    with context.reporter.phase("the best students, on further images", len(close)) as report:
-        for finalist in close:
-            losses = torch.cat([finalist.losses, context.choice_judge.losses(finalist.student)])
-            further.append(replace(finalist, losses=losses))
-            report(len(further))
-    return min(further, key=lambda f: f.loss)
-
-
-def _with(
-    context: Context, finalist: Finalist, student: nn.Module, losses: torch.Tensor, *, source: str
-) -> Finalist:
-    """Return the finalist with other weights."""
+def _judged_again(context: Context, result: PlanResult, student: nn.Module, *, source: str) -> PlanResult:
+    """Return a plan's figures with other weights, comparable with those of all other plans."""
     judged = context.study_judge.evaluate(student)
     # Latency does not depend on weights: it is that of the plan.
-    result = replace(
-        finalist.result,
-        loss=judged.loss,
-        agreement=judged.agreement,
-        accuracy=judged.accuracy,
-        source=source,
+    return replace(
+        result, loss=judged.loss, agreement=judged.agreement, accuracy=judged.accuracy, source=source
     )
-    return Finalist(result=result, student=student, losses=losses)
 
 
 def _save(context: Context, folder: Path, finalist: Finalist) -> None:
     """Write a finalist; `result.json` comes last, so that it only stands for a whole one."""
     save_student(folder, Student(plan=finalist.result.plan, model=finalist.student), context.teacher)
-    write_json(folder / "result.json", finalist.result.to_json() | {"final_losses": _finite(finalist.losses)})
+    losses = {"final_losses": _finite(finalist.losses), "further_losses": _finite(finalist.further)}
+    write_json(folder / "result.json", finalist.result.to_json() | losses)
 
 
 def _load(context: Context, folder: Path) -> Finalist | None:
@@ -289,10 +272,22 @@ def _load(context: Context, folder: Path) -> Finalist | None:
         return None
     student = load_student(folder, model=assemble(context.teacher.model, {}))
     found = read_json(folder / "result.json")
-    losses = torch.tensor([math.nan if loss is None else loss for loss in found.pop("final_losses")])
-    return Finalist(
-        result=PlanResult.from_json(found), student=student.model.requires_grad_(False), losses=losses
+    losses, further = (
+        torch.tensor([math.nan if loss is None else loss for loss in found.pop(name)])
+        for name in ("final_losses", "further_losses")
     )
+    return Finalist(
+        result=PlanResult.from_json(found),
+        student=student.model.requires_grad_(False),
+        losses=losses,
+        further=further,
+    )
+
+
+def _mean(losses: torch.Tensor) -> float:
+    """Return the mean of losses, infinite where it is not finite."""
+    mean = float(losses.mean())
+    return mean if math.isfinite(mean) else math.inf
 
 
 def _finite(losses: torch.Tensor) -> list[float | None]:

@@ -117,7 +117,7 @@ def test_distillation_must_be_clearly_better_where_its_best_state_was_chosen(tmp
         image_parts=SimpleNamespace(choice=()),
     )
     monkeypatch.setattr(finishing, "_save", lambda *_: None)
-    before = finishing.Finalist(result=result(0.1), student="old", losses=old)
+    before = finishing.Finalist(result=result(0.1), student="old", losses=old, further=torch.empty(0))
     assert before.loss == pytest.approx(0.2)
     for name in sides:
         monkeypatch.setattr(finishing, "finetune", lambda *_, name=name, **__: (name, None))
@@ -136,43 +136,54 @@ def test_distillation_must_be_clearly_better_where_its_best_state_was_chosen(tmp
 
 
 @pytest.mark.parametrize(("mean", "kept"), [(0.19, True), (0.21, False), (float("nan"), False)])
-def test_further_images_decide_whether_distillation_has_helped(mean, kept):
-    losses = {"old": torch.full((50,), 0.2), "new": torch.full((50,), mean)}
+def test_further_images_decide_whether_distillation_has_helped(tmp_path, monkeypatch, mean, kept):
     context = SimpleNamespace(
-        choice_judge=SimpleNamespace(losses=losses.__getitem__),
+        final_judge=SimpleNamespace(losses=lambda _: torch.full((100,), 0.1)),
+        choice_judge=SimpleNamespace(losses=lambda _: torch.full((50,), mean)),
+        study_judge=SimpleNamespace(evaluate=lambda _: Evaluation(loss=0.3, agreement=0.5, accuracy=0.25)),
         image_parts=SimpleNamespace(choice=range(50)),
+        run=RunDirectory(tmp_path),
+        settings=SimpleNamespace(seed=0, device="cpu"),
+        teacher=None,
+        training_images=None,
     )
-    before = finishing.Finalist(result=result(0.1), student="old", losses=torch.full((100,), 0.3))
-    assert finishing._is_better(context, "new", before) is kept
+    monkeypatch.setattr(finishing, "_save", lambda *_: None)
+    monkeypatch.setattr(finishing, "finetune", lambda *_, **__: ("new", None))
+    losses, further = torch.full((100,), 0.3), torch.full((50,), 0.2)
+    before = finishing.Finalist(result=result(0.1), student="old", losses=losses, further=further)
+    assert before.loss == pytest.approx((100 * 0.3 + 50 * 0.2) / 150)
+    this = halving.Round(number=1, of=1, plans=1, seconds=1.0)
+    found = finishing._finetuned(context, before, this, lambda _: 0.0, lambda _: None)
+    assert (found.student == "new") is kept
+    assert kept or found is before
+    assert not kept or found.loss == pytest.approx((100 * 0.1 + 50 * 0.19) / 150)
 
 
-def test_where_it_is_not_clear_which_student_is_best_further_images_decide():
-    spread = torch.linspace(-0.1, 0.1, 100)
-    losses = {"first": 0.2 + spread, "close": 0.201 - spread, "worse": 0.4 + spread, "broken": spread / 0}
-    ready = [
-        finishing.Finalist(result=result(number), student=name, losses=losses[name])
-        for number, name in enumerate(losses)
-    ]
-    further = {"first": torch.full((50,), 0.3), "close": torch.full((50,), 0.1)}  # none else is judged
+@pytest.mark.parametrize("further", [True, False])
+@pytest.mark.parametrize(
+    ("stitched", "refitted", "kept"),
+    [(0.2, 0.1, True), (0.1, 0.2, False), (float("nan"), 0.5, True), (0.5, float("nan"), False)],
+)
+def test_a_refit_is_kept_if_it_is_better(monkeypatch, stitched, refitted, kept, further):
+    losses = {"stitched": torch.full((10,), stitched), "refitted": torch.full((10,), refitted)}
+    monkeypatch.setattr(finishing, "assemble", lambda model, modules: "stitched")
     context = SimpleNamespace(
-        image_parts=SimpleNamespace(choice=(1, 2)),
-        choice_judge=SimpleNamespace(losses=further.__getitem__),
-        reporter=Reporter(quiet=True),
+        teacher=SimpleNamespace(model=None),
+        evaluator=SimpleNamespace(modules=lambda plan: None),
+        final_judge=SimpleNamespace(losses=losses.__getitem__),
+        choice_judge=SimpleNamespace(losses=losses.__getitem__),
+        study_judge=SimpleNamespace(evaluate=lambda _: Evaluation(loss=0.3, agreement=0.5, accuracy=0.25)),
+        image_parts=SimpleNamespace(choice=range(10 * further)),
     )
-    best = finishing._best(context, ready)
-    assert best.student == "close"
-    assert best.loss == pytest.approx((100 * 0.201 + 50 * 0.1) / 150)
-    further["close"][0] = float("nan")
-    assert finishing._best(context, ready).student == "first"
-    further.clear()
-    assert finishing._best(context, [ready[0], *ready[2:]]).student == "first"  # there is no doubt
-    context.image_parts.choice = ()
-    assert finishing._best(context, ready).student == "first"
-    assert finishing._best(context, ready[3:]).student == "broken"
-    assert finishing._best(context, []) is None
+    found = finishing._better(context, result(0.1), "refitted")
+    assert found.student == ("refitted" if kept else "stitched")
+    assert found.result.source == ("refit" if kept else "sampler")
+    assert found.loss == pytest.approx(refitted if kept else stitched)
+    assert len(found.further) == 10 * further
 
 
 def test_a_student_that_breaks_down_on_the_final_images_comes_last():
-    broken = finishing.Finalist(result=result(0), student="", losses=torch.tensor([0.1, float("nan")]))
+    losses = torch.tensor([0.1, float("nan")])
+    broken = finishing.Finalist(result=result(0), student="", losses=losses, further=torch.empty(0))
     assert broken.loss == float("inf")
     assert finishing._finite(broken.losses) == [pytest.approx(0.1), None]
