@@ -146,7 +146,7 @@ class Context:
 
     @cached_property
     def choice_judge(self) -> Judge:
-        """Judges what `final_judge` does not tell clearly, or whose images it has flattered."""
+        """Judges finalists beside `final_judge`, and alone those whose weights were chosen by that."""
         indices = self.image_parts.choice
         return self.make_judge(indices, prefixes=False) if indices else self.final_judge
 

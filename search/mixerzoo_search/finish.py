@@ -238,7 +238,11 @@ def _finetuned(
     if tuned is not finalist.student:
         losses, further = context.final_judge.losses(tuned), _further(context, tuned)
         # Its best state was chosen by the first, so that it looks better there than it is: others decide.
-        if further.mean() < finalist.further.mean() if len(further) else is_clear(finalist.losses - losses):
+        if len(further):
+            helped = _mean(further) < _mean(finalist.further)
+        else:
+            helped = is_clear(finalist.losses - losses)
+        if helped:
             result = _judged_again(context, finalist.result, tuned, source="finetuned")
             finalist = Finalist(result=result, student=tuned, losses=losses, further=further)
     _save(context, folder, finalist)

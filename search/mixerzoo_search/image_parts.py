@@ -36,8 +36,8 @@ class ImageParts:
         study: students are compared on these, and the frontier is drawn on them.
         refit: students are refitted on the first of these, which may have been distilled on.
         final: what is done to a chosen student is decided on these, and which of a few is best.
-        choice: where that is in doubt, it is decided on these, too, and so is whether distillation as a whole or a
-            later attempt was worth it. May be empty.
+        choice: further ones for the latter, which alone decide whether distillation as a whole or a later attempt was
+            worth it: no weights are chosen on them. May be empty.
         test: nothing is chosen on these.
     """
 
