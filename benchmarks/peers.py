@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from common import json_option, quick_option
 from peer_students import OURS, PEERS, Cannot, Exam, Ground, Made, Meter, Missing, Problem
 from peer_students.places import DIGITS, TEACHERS, Place, open_place
@@ -27,7 +28,7 @@ from mixerzoo.errors import MixerzooError
 from mixerzoo.finetune import Recipe, train
 from mixerzoo.hosts import count_params
 from mixerzoo.latency import Conditions, Rounds, Stopwatch, default_threads, threads
-from mixerzoo.significance import is_clear
+from mixerzoo.significance import has_helped
 from mixerzoo_search.image_parts import FINAL_IMAGES
 from mixerzoo_search.settings import Budget
 
@@ -133,11 +134,12 @@ def _figures(problem: Problem, made: Made, seconds: float) -> Row:
 
 
 def _has_helped(ground: Ground, before: nn.Module, after: nn.Module) -> bool:
-    """Say whether fine-tuning has helped, as a search does: its best state was chosen on the validation images."""
-    further = ground.further
-    if further is None:
-        return is_clear(ground.validation.losses(before) - ground.validation.losses(after))
-    return bool(further.losses(after).mean() < further.losses(before).mean())
+    """Say whether fine-tuning has helped, as a search does."""
+    gains, further = (
+        torch.empty(0) if exam is None else exam.losses(before) - exam.losses(after)
+        for exam in (ground.validation, ground.further)
+    )
+    return has_helped(gains, further)
 
 
 def _told(row: Row) -> str:

@@ -17,7 +17,7 @@ from mixerzoo.files import read_json, write_json
 from mixerzoo.finetune import finetune
 from mixerzoo.hosts import assemble
 from mixerzoo.refit import refit_students, stitch
-from mixerzoo.significance import is_clear
+from mixerzoo.significance import has_helped
 from mixerzoo.student import Student, load_student, save_student
 from mixerzoo_search.additive import AdditiveModel
 from mixerzoo_search.context import Context
@@ -237,12 +237,7 @@ def _finetuned(
     )
     if tuned is not finalist.student:
         losses, further = context.final_judge.losses(tuned), _further(context, tuned)
-        # Its best state was chosen by the first, so that it looks better there than it is: others decide.
-        if len(further):
-            helped = _mean(further) < _mean(finalist.further)
-        else:
-            helped = is_clear(finalist.losses - losses)
-        if helped:
+        if has_helped(finalist.losses - losses, finalist.further - further):
             result = _judged_again(context, finalist.result, tuned, source="finetuned")
             finalist = Finalist(result=result, student=tuned, losses=losses, further=further)
     _save(context, folder, finalist)
