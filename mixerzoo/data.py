@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -249,10 +249,21 @@ BUILTIN_DATASETS = (
 
 def image_batches(
     data: Dataset, indices: Sequence[int], config: ImageConfig, batch_size: int = 32
-) -> Iterator[torch.Tensor]:
-    """Yield prepared images (B, C, H, W) in order."""
-    for first in range(0, len(indices), batch_size):
-        yield load_images(data, indices[first : first + batch_size], config)
+) -> Iterable[torch.Tensor]:
+    """Return prepared images (B, C, H, W) in order, loaded anew each time they are gone through."""
+    return _ImageBatches(data=data, indices=tuple(indices), config=config, batch_size=batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ImageBatches:
+    data: Dataset
+    indices: tuple[int, ...]
+    config: ImageConfig
+    batch_size: int
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for first in range(0, len(self.indices), self.batch_size):
+            yield load_images(self.data, self.indices[first : first + self.batch_size], self.config)
 
 
 def _demand_enough(source: str, count: int) -> None:

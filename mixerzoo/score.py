@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from mixerzoo.hosts import Teacher, assemble, run_stages
+from mixerzoo.significance import change_interval
 
 HARMLESS = 1e-4  # of the loss of a constant answer: a student that loses less is as good as its teacher
+
+Keep = Literal["prefixes", "images", "nothing"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +66,8 @@ class Judge:
 
     The teacher's hidden state before every stage is kept, in float32: a student runs from its first changed
     stage on. That is a lot of memory where few students are judged, or none that begins as the teacher does:
-    with `prefixes=False` only the images are kept, and every student runs from the first stage on.
+    with `keep="images"` only these are kept, and every student runs from the first stage on. With `keep="nothing"`
+    there are as many images as one likes: `batches` is gone through anew for every student, and must allow that.
     """
 
     @torch.inference_mode()
@@ -72,12 +77,13 @@ class Judge:
         batches: Iterable[torch.Tensor],
         labels: torch.Tensor | None,
         *,
-        prefixes: bool = True,
+        keep: Keep = "prefixes",
         on_batch: Callable[[int], None] = lambda done: None,
     ) -> None:
         self.teacher = teacher
         self.labels = labels
         stages = teacher.host.stages(teacher.model)
+        self._batches = batches if keep == "nothing" else None
         self._hidden: list[list[torch.Tensor]] = []  # batch -> stage -> its input
         outputs = []
         for done, batch in enumerate(batches):
@@ -85,7 +91,8 @@ class Judge:
             for stage in stages:
                 states.append(stage(states[-1]))
             outputs.append(states.pop())
-            self._hidden.append(states if prefixes else states[:1])
+            if keep != "nothing":
+                self._hidden.append(states if keep == "prefixes" else states[:1])
             on_batch(done + 1)
         self.target = torch.cat(outputs)
 
@@ -98,6 +105,8 @@ class Judge:
     def outputs(self, student: nn.Module, *, first: int = 0) -> torch.Tensor:
         """Return the student's outputs (B, C); its stages before `first` are the teacher's."""
         stages = self.teacher.host.stages(student)
+        if self._batches is not None:
+            return torch.cat([run_stages(stages, batch, first=0) for batch in self._batches])
         kept = min(first, len(self._hidden[0]) - 1)
         return torch.cat([run_stages(stages, states[kept], first=kept) for states in self._hidden])
 
@@ -107,9 +116,18 @@ class Judge:
 
     def evaluate(self, student: nn.Module, *, first: int = 0) -> Evaluation:
         """Evaluate a student whose stages before `first` are the teacher's."""
-        return judge(
-            self.outputs(student, first=first), self.target, self.labels, classifier=self.teacher.classifier
-        )
+        return self.judged(self.outputs(student, first=first))
+
+    def judged(self, outputs: torch.Tensor) -> Evaluation:
+        """Evaluate a student by its outputs (B, C) on all images."""
+        return judge(outputs, self.target, self.labels, classifier=self.teacher.classifier)
+
+    def accuracy_interval(self, outputs: torch.Tensor) -> tuple[float, float] | None:
+        """Return the 95 % interval of the accuracy of outputs (B, C) less the teacher's; None without labels."""
+        if self.labels is None or not self.teacher.classifier:
+            return None
+        before, after = (one.argmax(-1) == self.labels for one in (self.target, outputs))
+        return change_interval(before, after)
 
     def evaluate_modules(self, modules: Mapping[str, nn.Module]) -> Evaluation:
         """Evaluate the teacher with `modules` at the named sites."""

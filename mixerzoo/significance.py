@@ -7,6 +7,7 @@ import math
 import torch
 
 CLEAR = 2.0  # standard errors
+QUANTILE = 1.96  # of the standard normal distribution, for an interval of 95 %
 
 
 def is_clear(gains: torch.Tensor) -> bool:
@@ -24,3 +25,21 @@ def has_helped(gains: torch.Tensor, further: torch.Tensor) -> bool:
         further: (m,), on others, which alone decide; where there are none, it must be clearly better on the former.
     """
     return float(further.mean()) > 0 if len(further) else is_clear(gains)
+
+
+def change_interval(before: torch.Tensor, after: torch.Tensor) -> tuple[float, float]:
+    """Return the 95 % interval of a change of accuracy, in [-1, 1], by which answers of the same images were right.
+
+    Half an image is added to each of the four cases, so that few images without any change do not look like certainty
+    (Agresti and Min 2005, Simple improved confidence intervals for comparing matched proportions).
+
+    Args:
+        before: (n,), whether the one model's answers are right.
+        after: (n,), whether the other one's are.
+    """
+    n = len(before) + 2
+    gained = (int((after & ~before).sum()) + 0.5) / n
+    lost = (int((before & ~after).sum()) + 0.5) / n
+    change = gained - lost
+    reach = QUANTILE * math.sqrt((gained + lost - change**2) / n)
+    return max(-1.0, change - reach), min(1.0, change + reach)

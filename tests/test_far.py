@@ -370,7 +370,7 @@ def test_images_are_prepared_and_follow_from_the_seed(here, augment, channels):
         torch.testing.assert_close(y.sum(-1), torch.ones(8))
     assert torch.equal(made[0][0], made[1][0])
     assert torch.equal(made[0][0], made[2][0]) is (augment == "none")
-    plain = next(image_batches(data, range(8), config))
+    (plain,) = image_batches(data, range(8), config)
     assert torch.equal(made[0][0], plain) is (augment == "none")
     if augment == "none":
         assert made[0][1][3].tolist() == pytest.approx([0.91 if c == 3 else 0.01 for c in range(10)])

@@ -129,7 +129,7 @@ def test_images_decide_that_no_state_was_chosen_on(here, monkeypatch):
     context = open_run(here / "run", None, None).context
     assert len(context.image_parts.final) == 2 < len(context.image_parts.choice)
     assert not set(context.image_parts.final) & set(context.image_parts.choice)
-    judge = context.make_judge(context.image_parts.choice, prefixes=False)
+    judge = context.make_judge(context.image_parts.choice, keep="images")
     for name, folder in (("before", "mine"), ("after", "mine-finetuned")):
         student = mixerzoo.load(here / "run" / folder)
         assert validation[name]["loss"] == pytest.approx(judge.evaluate(student).loss, rel=1e-5)

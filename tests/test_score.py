@@ -173,11 +173,21 @@ def test_a_constant_answer_loses_the_entropy_of_sure_answers_and_the_spread_of_e
     assert the_judge.harmless_loss() == pytest.approx(HARMLESS * expected, rel=1e-4)
 
 
-def test_without_prefixes_a_student_is_judged_the_same_from_the_images():
+def test_the_interval_of_accuracy_is_that_of_the_same_images():
+    labels = torch.arange(COUNT) % 3
+    the_judge = Judge(tiny.tiny_teacher(), tiny.tiny_batches(COUNT), labels)
+    classes = the_judge.target.shape[1]
+    right = torch.nn.functional.one_hot(labels, classes).float()
+    low, high = the_judge.accuracy_interval(right)
+    assert low <= 1 - the_judge.teacher_evaluation().accuracy <= high
+    unlabelled = Judge(tiny.tiny_teacher(), tiny.tiny_batches(COUNT), None)
+    assert unlabelled.accuracy_interval(right) is None
+
+
+@pytest.mark.parametrize("keep", ["images", "nothing"])
+def test_without_prefixes_a_student_is_judged_the_same_from_the_images(keep):
     teacher = tiny.tiny_teacher()
-    kept, lean = (
-        Judge(teacher, tiny.tiny_batches(COUNT), None, prefixes=prefixes) for prefixes in (True, False)
-    )
+    kept, lean = (Judge(teacher, tiny.tiny_batches(COUNT), None, keep=keep) for keep in ("prefixes", keep))
     last = teacher.sites[-1]
     modules = {last.name: Replacement(Half(), last, masks=False)}
     student = assemble(teacher.model, modules)

@@ -146,6 +146,9 @@ def test_the_model_card_and_the_closing_lines_say_the_figures(finished, place):
     said = "\n".join(closing_lines(finished.summary, finished.path, "sqlite:///mlflow.db"))
     assert f"{best['latency_ms']:.2f} ms" in said
     assert str(finished.best) in said
+    low, high = (f"{100 * bound:+.1f}" for bound in finished.summary["test"]["accuracy_interval"])
+    for text in (card, said):
+        assert f"a change of {low} to {high} points" in text
 
 
 def mlflow_runs(place, path):

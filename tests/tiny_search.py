@@ -132,8 +132,8 @@ def check_summary(summary, *, labelled=True):
     """The schema: exactly these keys, numbers that JSON has, latencies above 0, fractions in [0, 1]."""
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     assert set(summary) == {
-        "schema", "teacher", "budget_ms", "met", "best", "pareto", "hypervolume", "evaluations", "latency_model",
-        "score_model", "finetuning", "wall_s", "environment",
+        "schema", "teacher", "budget_ms", "met", "best", "test", "pareto", "hypervolume", "evaluations",
+        "latency_model", "score_model", "finetuning", "wall_s", "environment",
     }  # fmt: skip
     teacher = summary["teacher"]
     assert set(teacher) == {"name", "sites", "params", "latency_ms", "accuracy"}
@@ -152,6 +152,13 @@ def check_summary(summary, *, labelled=True):
     front = [(row["latency_ms"], row["loss"]) for row in summary["pareto"]]
     assert front == sorted(front)
     assert len(non_dominated(front)) == len(front)
+    assert set(summary["test"]) == {"images", "accuracy_interval"}
+    assert summary["test"]["images"] > 0
+    if labelled and summary["met"]:
+        low, high = summary["test"]["accuracy_interval"]
+        assert -1 <= low < high <= 1
+    else:
+        assert summary["test"]["accuracy_interval"] is None
     assert 0 <= summary["hypervolume"] <= 1
     assert isinstance(summary["evaluations"], int)
     assert summary["evaluations"] >= len(front)

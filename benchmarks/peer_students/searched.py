@@ -45,6 +45,8 @@ def make(problem: Problem) -> Made:
     about = {
         "plan": plan.to_json(),
         "evaluations": summary["evaluations"],
+        "latency_model": summary["latency_model"],
+        "score_model": summary["score_model"],
         "finetuning": summary["finetuning"],
         "wall_s": summary["wall_s"],
     }

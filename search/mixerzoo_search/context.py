@@ -19,7 +19,7 @@ from mixerzoo.library.folder import Library
 from mixerzoo.plan import Candidate
 from mixerzoo.progress import Reporter
 from mixerzoo.registry import get_registry
-from mixerzoo.score import Judge
+from mixerzoo.score import Judge, Keep
 from mixerzoo_search.candidates import CandidateLibrary, Pair, wider_widths
 from mixerzoo_search.evaluate import Evaluator
 from mixerzoo_search.finetuning.images import PreparedImages
@@ -142,26 +142,26 @@ class Context:
     @cached_property
     def final_judge(self) -> Judge:
         """Judges what is done to students that were chosen by the others: these have flattered them."""
-        return self.make_judge(self.image_parts.final, prefixes=False)
+        return self.make_judge(self.image_parts.final, keep="images")
 
     @cached_property
     def choice_judge(self) -> Judge:
         """Judges finalists beside `final_judge`, and alone those whose weights were chosen by that."""
         indices = self.image_parts.choice
-        return self.make_judge(indices, prefixes=False) if indices else self.final_judge
+        return self.make_judge(indices, keep="images") if indices else self.final_judge
 
     @cached_property
     def test_judge(self) -> Judge:
         """Judges students for the reader: nothing is chosen by it."""
-        return self.make_judge(self.image_parts.test, prefixes=False)
+        return self.make_judge(self.image_parts.test, keep="nothing")
 
-    def make_judge(self, indices: Sequence[int], *, prefixes: bool = True) -> Judge:
+    def make_judge(self, indices: Sequence[int], *, keep: Keep = "prefixes") -> Judge:
         """Return a judge on the given images; labels that cannot be the teacher's classes are left out."""
         labels = load_labels(self.data, indices)
         if labels is not None and not self._labels_fit(labels):
             labels = None
         batches = image_batches(self.data, indices, self.teacher.image)
-        return Judge(self.teacher, batches, labels, prefixes=prefixes)
+        return Judge(self.teacher, batches, labels, keep=keep)
 
     def _labels_fit(self, labels: torch.Tensor) -> bool:
         classes = int(getattr(self.teacher.model, "num_classes", 0))

@@ -19,7 +19,7 @@ FINAL_IMAGES = 400
 CHOICE_IMAGES = 600
 # Images of so many tokens are refitted on. More still help a little; each is a pass of the teacher and of the student.
 REFIT_TOKENS = 131_072
-TEST_IMAGES = 500
+TEST_IMAGES = 1000
 
 
 def enough_to_refit(sites: Iterable[Site]) -> int:

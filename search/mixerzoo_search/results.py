@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,8 @@ def make_report(context: Context, findings: Findings, summary: Mapping[str, Any]
             for site in teacher.sites
         ],
         mixers={name: letter for name, letter in context.letters.items() if name in used},
+        test_images=summary["test"]["images"],
+        accuracy_interval=summary["test"]["accuracy_interval"],
         latency_model=summary["latency_model"],
         score_model=summary["score_model"],
         prior=findings.prior,
@@ -78,6 +80,7 @@ def model_card(context: Context, summary: Mapping[str, Any]) -> str:
     """Return the README.md of `best/`."""
     teacher = context.teacher
     best, base, env = summary["best"], summary["teacher"], summary["environment"]
+    test, interval = summary["test"], summary["test"]["accuracy_interval"]
     short = Plan.from_json(best["plan"]).short_name(teacher.sites, context.letters)
     rows = [f"| `{site}` | `{candidate}` |" for site, candidate in best["plan"].items()]
     figures = [
@@ -100,7 +103,8 @@ def model_card(context: Context, summary: Mapping[str, Any]) -> str:
             "",
             f"Latency: median at batch size {env['batch_size']}, {env['threads']} threads, {env['dtype']}, "
             f"{env['device']} ({env['device_name']}), runtime {env['runtime']}. Accuracy, agreement and loss on "
-            "images that nothing was chosen or trained on.",
+            f"{test['images']:,} images that nothing was chosen or trained on"
+            + (f" (accuracy: {_in_points(interval)})." if interval is not None else "."),
             "",
             "```python",
             "import mixerzoo",
@@ -132,7 +136,10 @@ def closing_lines(summary: Mapping[str, Any], path: Path, tracking_uri: str) -> 
         f"budget {summary['budget_ms']:.2f} ms)",
     ]
     if best["accuracy"] is not None:
-        lines.append(f"accuracy   {base['accuracy']:.2%} -> {best['accuracy']:.2%} on test images")
+        lines.append(
+            f"accuracy   {base['accuracy']:.2%} -> {best['accuracy']:.2%} on {summary['test']['images']:,} test images "
+            f"({_in_points(summary['test']['accuracy_interval'])})"
+        )
     lines += [
         f"agreement  {best['agreement']:.2%} with the teacher",
         f"parameters {base['params']:,} -> {best['params']:,}",
@@ -144,6 +151,12 @@ def closing_lines(summary: Mapping[str, Any], path: Path, tracking_uri: str) -> 
         f"compare    mixerzoo ui --tracking-uri {tracking_uri}",
     ]
     return lines
+
+
+def _in_points(interval: Sequence[float]) -> str:
+    """Return the interval of a change of accuracy in words."""
+    low, high = (100 * bound for bound in interval)
+    return f"a change of {low:+.1f} to {high:+.1f} points, with 95 % confidence"
 
 
 def _percent(value: float | None) -> str:

@@ -60,6 +60,14 @@ def plan_row(result: PlanResult, test: Evaluation | None = None) -> dict[str, An
 def summarize(context: Context, findings: Findings) -> dict[str, Any]:
     """Return the summary: the teacher and the winner on test images, the frontier on study images."""
     teacher, best, results = context.teacher, findings.outcome.best, findings.all_results
+    tested, interval = None, None
+    with context.reporter.phase("teacher and winner, on test images", 2) as report:
+        judge = context.test_judge
+        report(1)
+        if best is not None:
+            outputs = judge.outputs(best.student)
+            tested, interval = plan_row(best.result, judge.judged(outputs)), judge.accuracy_interval(outputs)
+        report(2)
     worst = context.study_judge.constant_loss()
     points = [(r.latency_ms / context.teacher_ms, r.loss / worst) for r in results]
     wall_s = context.run.wall_s()
@@ -70,11 +78,12 @@ def summarize(context: Context, findings: Findings) -> dict[str, Any]:
             "sites": len(teacher.sites),
             "params": teacher.params,
             "latency_ms": context.teacher_ms,
-            "accuracy": context.test_judge.teacher_evaluation().accuracy,
+            "accuracy": judge.teacher_evaluation().accuracy,
         },
         "budget_ms": context.budget_ms,
         "met": best is not None,
-        "best": None if best is None else plan_row(best.result, context.test_judge.evaluate(best.student)),
+        "best": tested,
+        "test": {"images": judge.images, "accuracy_interval": None if interval is None else list(interval)},
         "pareto": [plan_row(result) for result in frontier_of(results)],
         "hypervolume": hypervolume(points, (1.0, 1.0)),
         "evaluations": len(results),

@@ -79,6 +79,7 @@ def test_a_report_says_first_what_matters(report: Make, tmp_path: Path) -> None:
         "budget met",
         numbers.ms(best.latency_ms),
         numbers.percent(best.accuracy),
+        "points (95 %: −1.1 to +0.3), 360 images",
         numbers.percent(best.agreement),
         "MAPE 1.2 %, Spearman 0.99",
         "Loss: Spearman 0.93",

@@ -22,5 +22,5 @@ def held_out(context: Context, device: str = "cpu") -> Callable[[nn.Module], flo
         teacher, data = context.teacher, context.data
         moved = replace(teacher, model=copy.deepcopy(teacher.model).to(device))
         batches = image_batches(data, context.image_parts.final, teacher.image)
-        judge = Judge(moved, (batch.to(device) for batch in batches), None, prefixes=False)
+        judge = Judge(moved, (batch.to(device) for batch in batches), None, keep="images")
     return lambda student: judge.evaluate(student).loss

@@ -139,6 +139,8 @@ class Report:
         exact_line: (ms, predicted loss) of the additive model's exact frontier.
         sites: in forward order.
         mixers: mixer -> its letter in short names.
+        test_images: how many the teacher's and the winner's accuracy and agreement are of.
+        accuracy_interval: 95 % interval of the winner's accuracy less the teacher's; None without labels.
         latency_model: `mape` and `max_error` as fractions, `spearman`, `plans`.
         score_model: `spearman`, `plans`.
         prior: what the prior predicted, and what was measured.
@@ -156,6 +158,8 @@ class Report:
     exact_line: Sequence[tuple[float, float]] = ()
     sites: Sequence[SiteRow] = ()
     mixers: Mapping[str, str] = field(default_factory=dict)
+    test_images: int = 0
+    accuracy_interval: Sequence[float] | None = None
     latency_model: Mapping[str, float] = field(default_factory=dict)
     score_model: Mapping[str, float] = field(default_factory=dict)
     prior: PriorTable | None = None

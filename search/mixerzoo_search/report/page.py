@@ -167,12 +167,15 @@ def _report_header(report: Report) -> str:
         )
     ]
     if teacher.accuracy is not None and best.accuracy is not None:
-        points = 100 * (best.accuracy - teacher.accuracy)
+        change = f"{100 * (best.accuracy - teacher.accuracy):+.1f} points"
+        if report.accuracy_interval is not None:
+            low, high = (100 * bound for bound in report.accuracy_interval)
+            change += f" (95 %: {low:+.1f} to {high:+.1f}), {report.test_images:,} images"
         figures.append(
             _figure(
                 "accuracy",
                 _change(numbers.percent(teacher.accuracy).removesuffix(" %"), numbers.percent(best.accuracy)),
-                f"{points:+.1f} points".replace("-", "−"),
+                change.replace("-", "−"),
             )
         )
     if best.agreement is not None:

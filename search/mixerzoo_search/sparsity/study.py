@@ -28,13 +28,13 @@ from mixerzoo.registry import get_registry
 from mixerzoo.score import Evaluation, Judge, judge, output_loss
 from mixerzoo.spec import Site
 from mixerzoo.statistics import ATTENTION_STATISTICS
-from mixerzoo_search.image_parts import TEST_IMAGES
 from mixerzoo_search.run_directory import RunDirectory
 from mixerzoo_search.sparsity.group_student import BATCH, LR, GroupStudents
 from mixerzoo_search.sparsity.relation import MAIN, closest, relate, verdict
 from mixerzoo_search.sparsity.settings import StudySettings, choose, label_of, windows
 
 SCHEMA = 1
+TEST_IMAGES = 500  # their activations are kept
 ENVIRONMENT = ("device_name", "threads", "python", "system", "versions")
 
 
