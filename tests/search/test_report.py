@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mixerzoo.plan import Candidate
 from mixerzoo_search.report import (
     PriorTable,
     Profile,
@@ -29,7 +30,7 @@ from mixerzoo_search.report.frontier_view import (
     ordered_sites,
     site_labels,
 )
-from mixerzoo_search.report.palette import heat, ink_on, mixer_colours, source_styles
+from mixerzoo_search.report.palette import colours_of, heat, ink_on, mixer_colours, source_styles
 
 Make = Callable[..., Report]
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -274,6 +275,15 @@ def test_site_columns() -> None:
     assert site_labels(ordered_sites(sites)) == ["3", "4", "3", "4"]
     staged = [SiteRow(name=f"stages.0.blocks.{at}.attn", kind="attention") for at in range(3)]
     assert site_labels(staged) == ["0", "1", "2"]
+
+
+def test_the_mixers_on_the_frontier_have_colours_of_their_own(report: Make) -> None:
+    plain = report()
+    many = {f"m{at:02}": "M" for at in range(16)} | dict(plain.mixers)
+    colours = colours_of(report(mixers=many))
+    used = {Candidate.parse(choice).mixer for row in plain.frontier() for choice in row.plan.values()}
+    assert len({colours[mixer] for mixer in used}) == len(used) > 3
+    assert set(many) <= set(colours)
 
 
 def test_colours() -> None:

@@ -17,7 +17,7 @@ from mixerzoo_search.report.frontier_view import (
     ordered_sites,
     site_labels,
 )
-from mixerzoo_search.report.palette import KIND_COLOURS, heat, ink_on, mixer_colours
+from mixerzoo_search.report.palette import KIND_COLOURS, colours_of, heat, ink_on
 from mixerzoo_search.report.style import CSS
 
 
@@ -212,7 +212,7 @@ def _choices(report: Report) -> str:
     rows = listed_frontier(report)
     candidates = [[Candidate.parse(row.plan.get(site.name, KEEP)) for site in sites] for row in rows]
     used = {candidate.mixer for row in candidates for candidate in row}
-    colours = mixer_colours([*report.mixers, *sorted(used)])
+    colours = colours_of(report)
     letters = dict(report.mixers) | {KEEP: KEEP_LETTER}
     accuracy = any(row.accuracy is not None for row in rows)
     lines = [_grid_head(sites, ["latency", "loss", "accuracy" if accuracy else "agreement"])]

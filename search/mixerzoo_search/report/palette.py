@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from mixerzoo.plan import KEEP
+from mixerzoo.plan import KEEP, Candidate
+from mixerzoo_search.report.content import Report
 
 INK, SOFT, LINE, CARD, PAGE = "#1b2430", "#5c6773", "#e3e6ea", "#ffffff", "#f6f7f9"
 GOOD, BAD, ACCENT = "#007a5e", "#b84a00", "#0072b2"
@@ -37,6 +38,14 @@ def mixer_colours(mixers: Iterable[str]) -> dict[str, str]:
     fixed = {KEEP: KEPT, "none": REMOVED}
     others = [mixer for mixer in dict.fromkeys(mixers) if mixer not in fixed]
     return fixed | {mixer: _CYCLE[at % len(_CYCLE)] for at, mixer in enumerate(others)}
+
+
+def colours_of(report: Report) -> dict[str, str]:
+    """Return a colour for each mixer of a report: those on its frontier first, since colours are fewer."""
+    rows = [*report.frontier(), *([] if report.best is None else [report.best])]
+    used = {Candidate.parse(choice).mixer for row in rows for choice in row.plan.values()}
+    first = [mixer for mixer in report.mixers if mixer in used]
+    return mixer_colours([*first, *sorted(used), *report.mixers])
 
 
 def source_styles(sources: Iterable[str]) -> dict[str, tuple[str, str, str]]:

@@ -32,9 +32,9 @@ from mixerzoo_search.report.palette import (
     KIND_COLOURS,
     LINE,
     SOFT,
+    colours_of,
     heat,
     ink_on,
-    mixer_colours,
     source_styles,
 )
 from mixerzoo_search.report.prior_picture import draw_prior, prior_height
@@ -219,7 +219,7 @@ def _frontier(axes: Any, report: Report) -> None:
 def _strip(axes: Any, report: Report, rows: Sequence[EvaluationRow], sites: Sequence[SiteRow]) -> None:
     """Draw the plans as rows of coloured cells, one column a site, a gap between the kinds."""
     used = {Candidate.parse(choice).mixer for row in rows for choice in row.plan.values()}
-    colours = mixer_colours([*report.mixers, *sorted(used)])
+    colours = colours_of(report)
     letters = dict(report.mixers) | {KEEP: KEEP_LETTER}
     place, at = [], 0.0
     for previous, site in zip([None, *sites], sites, strict=False):
