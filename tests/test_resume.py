@@ -311,6 +311,37 @@ def test_an_interrupted_search_is_marked_and_goes_on_in_the_same_run(here, monke
     assert len(set(done)) == len(done)
 
 
+@pytest.mark.parametrize("judged", [0, 1])
+def test_refits_outlive_a_process_that_is_killed_while_they_are_judged(here, monkeypatch, judged):
+    whole = go(here, out=here / "whole")
+    judge, calls = finish._better, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) > judged:
+            raise KeyboardInterrupt
+        return judge(*args)
+
+    monkeypatch.setattr(finish, "_better", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        go(here)
+    folders = list((here / "run/finalists").iterdir())
+    assert len(folders) > 1
+    assert sum((folder / "result.json").exists() for folder in folders) == judged
+
+    def again(*_, **__):
+        raise AssertionError("they were refitted already")
+
+    monkeypatch.setattr(finish, "_better", judge)
+    monkeypatch.setattr(finish, "refit_students", again)
+    resumed = go(here)
+    assert resumed.summary["best"] == whole.summary["best"]
+    for folder in folders:
+        for name in ("model.safetensors", "result.json"):
+            undisturbed = here / "whole/finalists" / folder.name / name
+            assert (folder / name).read_bytes() == undisturbed.read_bytes(), name
+
+
 def test_a_new_mlflow_store_gets_everything(here, start):
     first = go(here)
     shutil.copy(start / "store", here / "mlflow.db")

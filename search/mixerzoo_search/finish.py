@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from mixerzoo.data import image_batches
 from mixerzoo.files import read_json, write_json
 from mixerzoo.finetune import finetune
 from mixerzoo.hosts import assemble
+from mixerzoo.plan import Plan
 from mixerzoo.refit import refit_students, stitch
 from mixerzoo.significance import has_helped
-from mixerzoo.student import Student, load_student, save_student
+from mixerzoo.student import PLAN_FILE, Student, load_student, save_student
 from mixerzoo_search.additive import AdditiveModel
 from mixerzoo_search.context import Context
 from mixerzoo_search.evaluate import PlanResult
@@ -147,30 +148,47 @@ def _meets(limit_ms: float, ms: float, most: float) -> bool:
 
 
 def _refitted(context: Context, results: Sequence[PlanResult]) -> list[Finalist]:
-    """Stitch the plans' students afresh and refit them on their own activations; keep whichever is better of each."""
-    teacher, evaluator = context.teacher, context.evaluator
+    """Refit the plans' students on their own activations; return each as stitched or refitted, whichever is better."""
     folders = {r.plan: context.run.path / "finalists" / f"{r.plan.key}-refit" for r in results}
     found = {plan: _load(context, folder) for plan, folder in folders.items()}
-    todo = [result for result in results if found[result.plan] is None]
-    students = [
-        stitch(
-            teacher,
-            evaluator.modules(result.plan, fresh=True),
-            {site: candidate.mixer for site, candidate in result.plan.choices},
-        )
-        for result in todo
-    ]
+    todo = {r.plan: r for r in results if found[r.plan] is None}
     if todo:
-        batches = image_batches(context.data, context.refit_images, teacher.image)
-        with context.reporter.phase("sequential refit", len(teacher.sites)) as report:
-            refit_students(teacher, students, batches, on_site=report)
+        students = _refits(context, {plan: folders[plan] for plan in todo})
         with context.reporter.phase("the best students, judged", len(todo)) as report:
-            for number, (result, refitted) in enumerate(zip(todo, students, strict=True), 1):
-                finalist = _better(context, result, refitted.student)
-                _save(context, folders[result.plan], finalist)
-                found[result.plan] = finalist
+            for number, (plan, result) in enumerate(todo.items(), 1):
+                finalist = _better(context, result, students[plan])
+                _save(context, folders[plan], finalist)
+                found[plan] = finalist
                 report(number)
     return [finalist for finalist in found.values() if finalist is not None]
+
+
+def _refits(context: Context, folders: Mapping[Plan, Path]) -> dict[Plan, nn.Module]:
+    """Return plans' students, stitched afresh and refitted; each is written to its folder, to be judged from there.
+
+    Judging takes as long as refitting. Should a process be killed in between, none is refitted again.
+    """
+    teacher, evaluator = context.teacher, context.evaluator
+    students = {
+        plan: _student(context, folder) for plan, folder in folders.items() if (folder / PLAN_FILE).exists()
+    }
+    stitched = {
+        plan: stitch(
+            teacher,
+            evaluator.modules(plan, fresh=True),
+            {site: candidate.mixer for site, candidate in plan.choices},
+        )
+        for plan in folders
+        if plan not in students
+    }
+    if stitched:
+        batches = image_batches(context.data, context.refit_images, teacher.image)
+        with context.reporter.phase("sequential refit", len(teacher.sites)) as report:
+            refit_students(teacher, list(stitched.values()), batches, on_site=report)
+    for plan, one in stitched.items():
+        save_student(folders[plan], Student(plan=plan, model=one.student), teacher)
+        students[plan] = one.student
+    return students
 
 
 def _better(context: Context, result: PlanResult, refitted: nn.Module) -> Finalist:
@@ -269,7 +287,6 @@ def _save(context: Context, folder: Path, finalist: Finalist) -> None:
 def _load(context: Context, folder: Path) -> Finalist | None:
     if not (folder / "result.json").exists():
         return None
-    student = load_student(folder, model=assemble(context.teacher.model, {}))
     found = read_json(folder / "result.json")
     losses, further = (
         torch.tensor([math.nan if loss is None else loss for loss in found.pop(name)])
@@ -277,10 +294,14 @@ def _load(context: Context, folder: Path) -> Finalist | None:
     )
     return Finalist(
         result=PlanResult.from_json(found),
-        student=student.model.requires_grad_(False),
+        student=_student(context, folder),
         losses=losses,
         further=further,
     )
+
+
+def _student(context: Context, folder: Path) -> nn.Module:
+    return load_student(folder, model=assemble(context.teacher.model, {})).model.requires_grad_(False)
 
 
 def _mean(losses: torch.Tensor) -> float:
