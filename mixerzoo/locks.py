@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+LIBRARY = "library.lock"  # marks a folder as a library, and is shared by the processes that use it
+
 
 def acquire(path: Path, *, shared: bool = False, wait: bool = True) -> int | None:
     """Lock the file `path`, made if need be; return a descriptor that holds the lock until it is closed.

@@ -12,11 +12,11 @@ from torch import nn
 
 from mixerzoo import Caps, MixerSpec, hookimpl
 from mixerzoo.cli import main
+from mixerzoo.code_hash import build_hash
 from mixerzoo.latency import Conditions, InPlace, Stopwatch, by_shape, reuse
 from mixerzoo.latency.in_place import of_shapes
 from mixerzoo.latency.reuse import CHECKED, know
 from mixerzoo.latency.store import LatencyFile, architecture
-from mixerzoo.library.code_hash import build_hash
 from mixerzoo.library.folder import Library, check_folder, is_library
 from mixerzoo.plan import Candidate
 from mixerzoo.progress import Reporter

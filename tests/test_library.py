@@ -18,17 +18,17 @@ from click.testing import CliRunner
 from torch import nn
 
 from mixerzoo import MixerSpec, locks
+from mixerzoo import code_hash as code_hash_module
 from mixerzoo.cli import main
+from mixerzoo.code_hash import code_hash
 from mixerzoo.data import open_digits
 from mixerzoo.distill import Distilled, Recipe
 from mixerzoo.errors import MixerzooError
 from mixerzoo.files import read_json, write_json
-from mixerzoo.library import code_hash as code_hash_module
 from mixerzoo.library import folder as folder_module
-from mixerzoo.library.code_hash import code_hash
 from mixerzoo.library.commands import age_text, size_text
 from mixerzoo.library.entries import Order, Source
-from mixerzoo.library.folder import LOCK, Library
+from mixerzoo.library.folder import Library
 from mixerzoo.plan import Candidate
 from mixerzoo.registry import get_registry
 from mixerzoo.spec import Site
@@ -75,7 +75,7 @@ def result(value=1.0, *, failed="", **fields):
 
 
 def files(folder):
-    return sorted(path.name for path in folder.iterdir() if path.name != LOCK)
+    return sorted(path.name for path in folder.iterdir() if path.name != locks.LIBRARY)
 
 
 def files_of(*keys):

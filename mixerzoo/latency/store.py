@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from mixerzoo import locks
+from mixerzoo.code_hash import build_hash
 from mixerzoo.errors import MixerzooError
 from mixerzoo.files import json_hash, read_json, write_json
 from mixerzoo.hosts import Teacher
 from mixerzoo.latency.conditions import device_name, version_of
 from mixerzoo.latency.in_place import InPlace
 from mixerzoo.latency.stopwatch import Stopwatch
-from mixerzoo.library.code_hash import build_hash
-from mixerzoo.library.folder import LOCK
 from mixerzoo.plan import Candidate
 from mixerzoo.registry import get_registry
 
@@ -147,7 +146,7 @@ class LatencyFile:
     def _mark(self) -> None:
         """Mark the folder as a library: there may be no candidate in it yet."""
         with suppress(PermissionError):
-            descriptor = locks.acquire(self.library / LOCK, shared=True)
+            descriptor = locks.acquire(self.library / locks.LIBRARY, shared=True)
             if descriptor is not None:
                 os.close(descriptor)
 

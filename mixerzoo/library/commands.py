@@ -142,10 +142,11 @@ def age_text(seconds: float) -> str:
 
 
 def _open(folder: Path) -> Library:
-    from mixerzoo.library.folder import LOCK, Library, is_library
+    from mixerzoo import locks
+    from mixerzoo.library.folder import Library, is_library
 
     if not is_library(folder):
-        problem = f"not a library: it has no {LOCK}" if folder.exists() else "no such folder"
+        problem = f"not a library: it has no {locks.LIBRARY}" if folder.exists() else "no such folder"
         raise MixerzooError(
             f"library '{folder}': {problem}; give the folder that a search kept its candidates in"
         )

@@ -21,7 +21,6 @@ from mixerzoo.errors import MixerzooError
 from mixerzoo.files import json_hash, read_json, write_json, write_tensors
 from mixerzoo.library.entries import Entry, Order
 
-LOCK = "library.lock"  # marks a folder as a library, and is shared by the processes that use it
 CHECK = "check"  # of an entry: the hash of the rest
 KEY = re.compile(r"[0-9a-f]{24}")
 
@@ -42,7 +41,7 @@ def check_folder(folder: Path) -> None:
 
 def is_library(folder: Path) -> bool:
     """Say whether `folder` is a library."""
-    return (folder / LOCK).is_file()
+    return (folder / locks.LIBRARY).is_file()
 
 
 class Library:
@@ -179,7 +178,7 @@ class Library:
         self._used = True
         self.folder.mkdir(parents=True, exist_ok=True)
         with suppress(PermissionError):  # a library that one may only read
-            descriptor = locks.acquire(self.folder / LOCK, shared=True)
+            descriptor = locks.acquire(self.folder / locks.LIBRARY, shared=True)
             if descriptor is not None:
                 weakref.finalize(self, os.close, descriptor)
 

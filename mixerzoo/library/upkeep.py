@@ -15,7 +15,7 @@ from mixerzoo import locks
 from mixerzoo.errors import MixerzooError
 from mixerzoo.latency.store import damaged_tables
 from mixerzoo.library.entries import Entry
-from mixerzoo.library.folder import KEY, LOCK, Library
+from mixerzoo.library.folder import KEY, Library
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +128,7 @@ def prune(
 @contextmanager
 def _alone(library: Library) -> Iterator[bool]:
     """Keep searches from starting to use the library during the block; yields False if one does."""
-    descriptor = locks.acquire(library.folder / LOCK, wait=False)
+    descriptor = locks.acquire(library.folder / locks.LIBRARY, wait=False)
     try:
         yield descriptor is not None
     finally:

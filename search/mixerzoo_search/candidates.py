@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 
 from mixerzoo.capture import Capture
+from mixerzoo.code_hash import code_hash
 from mixerzoo.distill import Recipe, distill
 from mixerzoo.errors import MixerzooError
 from mixerzoo.hosts import Teacher
 from mixerzoo.latency import LatencyTable
-from mixerzoo.library.code_hash import code_hash
 from mixerzoo.library.entries import Entry, Order, Source
 from mixerzoo.library.folder import Library
 from mixerzoo.plan import Candidate

@@ -30,7 +30,7 @@ MAKING = (
     "targets",
     "units",
 )
-DISTILLING = tuple(Path(__file__).parents[1] / f"{name}.py" for name in MAKING)  # what weights depend on
+DISTILLING = tuple(Path(__file__).parent / f"{name}.py" for name in MAKING)  # what weights depend on
 
 
 def code_hash(spec: MixerSpec) -> str:
