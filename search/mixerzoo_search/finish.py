@@ -164,9 +164,10 @@ def _refitted(context: Context, results: Sequence[PlanResult]) -> list[Finalist]
 
 
 def _refits(context: Context, folders: Mapping[Plan, Path]) -> dict[Plan, nn.Module]:
-    """Return plans' students, stitched afresh and refitted; each is written to its folder, to be judged from there.
+    """Return plans' students, stitched afresh and refitted; each is written to its folder before any is judged.
 
-    Judging takes as long as refitting. Should a process be killed in between, none is refitted again.
+    Should a process be killed while they are judged, none is refitted again: a student without a `result.json` is one
+    to be judged. If it was killed as `_save` had put the stitched student there, that one is found no better than itself.
     """
     teacher, evaluator = context.teacher, context.evaluator
     students = {
