@@ -311,19 +311,21 @@ def test_an_interrupted_search_is_marked_and_goes_on_in_the_same_run(here, monke
     assert len(set(done)) == len(done)
 
 
-@pytest.mark.parametrize("judged", [0, 1])
-def test_refits_outlive_a_process_that_is_killed_while_they_are_judged(here, monkeypatch, judged):
+@pytest.mark.parametrize(
+    ("moment", "judged"), [("_better", 0), ("_better", 1), ("write_json", 0), ("write_json", 1)]
+)
+def test_refits_outlive_a_process_that_is_killed_while_they_are_judged(here, monkeypatch, moment, judged):
     options = {"finetune_minutes": 0}  # those lead somewhere else on a busy machine
     whole = go(here, out=here / "whole", **options)
-    judge, calls = finish._better, []
+    undisturbed, calls = getattr(finish, moment), []
 
     def interrupted(*args):
         calls.append(args)
         if len(calls) > judged:
             raise KeyboardInterrupt
-        return judge(*args)
+        return undisturbed(*args)
 
-    monkeypatch.setattr(finish, "_better", interrupted)
+    monkeypatch.setattr(finish, moment, interrupted)
     with pytest.raises(KeyboardInterrupt):
         go(here, **options)
     folders = list((here / "run/finalists").iterdir())
@@ -333,14 +335,15 @@ def test_refits_outlive_a_process_that_is_killed_while_they_are_judged(here, mon
     def again(*_, **__):
         raise AssertionError("they were refitted already")
 
-    monkeypatch.setattr(finish, "_better", judge)
+    monkeypatch.setattr(finish, moment, undisturbed)
     monkeypatch.setattr(finish, "refit_students", again)
     resumed = go(here, **options)
     assert resumed.summary["best"] == whole.summary["best"]
     for folder in folders:
         for name in ("model.safetensors", "result.json"):
-            undisturbed = here / "whole/finalists" / folder.name / name
-            assert (folder / name).read_bytes() == undisturbed.read_bytes(), name
+            assert (folder / name).read_bytes() == (
+                here / "whole/finalists" / folder.name / name
+            ).read_bytes()
 
 
 def test_a_new_mlflow_store_gets_everything(here, start):

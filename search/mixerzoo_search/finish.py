@@ -166,8 +166,8 @@ def _refitted(context: Context, results: Sequence[PlanResult]) -> list[Finalist]
 def _refits(context: Context, folders: Mapping[Plan, Path]) -> dict[Plan, nn.Module]:
     """Return plans' students, stitched afresh and refitted; each is written to its folder before any is judged.
 
-    Should a process be killed while they are judged, none is refitted again: a student without a `result.json` is one
-    to be judged. If it was killed as `_save` had put the stitched student there, that one is found no better than itself.
+    Should a process be killed while they are judged, none is refitted again: a student without a `result.json` is to
+    be judged. If `_save` had just put the stitched student there, that one is found no better than itself.
     """
     teacher, evaluator = context.teacher, context.evaluator
     students = {
