@@ -311,12 +311,29 @@ def test_an_interrupted_search_is_marked_and_goes_on_in_the_same_run(here, monke
     assert len(set(done)) == len(done)
 
 
+def spoil(teacher, students, batches, *, on_site):
+    """Stand in for a refit that makes students worse."""
+    for one in students:
+        for site in one.mixers:
+            for parameter in one.student.get_submodule(site).parameters():
+                parameter.data.mul_(-3)
+
+
+@pytest.mark.parametrize("worse", [False, True])
 @pytest.mark.parametrize(
     ("moment", "judged"), [("_better", 0), ("_better", 1), ("write_json", 0), ("write_json", 1)]
 )
-def test_refits_outlive_a_process_that_is_killed_while_they_are_judged(here, monkeypatch, moment, judged):
+def test_refits_outlive_a_process_that_is_killed_while_they_are_judged(
+    here, monkeypatch, moment, judged, worse
+):
+    if worse:
+        monkeypatch.setattr(finish, "refit_students", spoil)
     options = {"finetune_minutes": 0}  # those lead somewhere else on a busy machine
     whole = go(here, out=here / "whole", **options)
+    sources = [
+        json.loads(path.read_text())["source"] for path in (here / "whole/finalists").glob("*/result.json")
+    ]
+    assert ("refit" in sources) != worse
     undisturbed, calls = getattr(finish, moment), []
 
     def interrupted(*args):
