@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import save
 
 from mixerzoo.errors import MixerzooError
+from mixerzoo.temporary import temporary_of
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` to a temporary file beside `path`, flush it to disk, and rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_of(path)
     try:
         with open(temporary, "wb") as file:
             file.write(content)

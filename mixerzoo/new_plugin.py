@@ -20,6 +20,7 @@ from string import Template, ascii_lowercase
 from mixerzoo.errors import MixerzooError
 from mixerzoo.plan import KEEP, KEEP_LETTER
 from mixerzoo.registry import get_registry
+from mixerzoo.temporary import temporary_of
 
 # Path in the plugin -> template; the paths have placeholders too.
 FILES = {
@@ -53,7 +54,7 @@ def new_plugin(name: str, out: Path | None = None) -> tuple[str, Path]:
     out = Path(words["distribution"]) if out is None else out
     if os.path.lexists(out):
         raise MixerzooError(f"'{out}' exists already; remove it, or give another --out")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary = temporary_of(out)
     try:
         for path, content in _contents(words).items():
             target = temporary / path

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from mixerzoo.errors import MixerzooError
 from mixerzoo.plan import Plan
+from mixerzoo.temporary import temporary_of
 
 # A library should not report on its users unasked; MLflow reads this when it is imported.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -302,7 +303,7 @@ def _make_whole(uri: str) -> None:
         return
     from mlflow import MlflowClient
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_of(path)
     try:
         client: Any = MlflowClient(tracking_uri=f"{_SQLITE}{temporary}")
         client._tracking_client.store.engine.dispose()

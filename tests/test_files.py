@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from mixerzoo import files
 from mixerzoo.errors import MixerzooError
 from mixerzoo.files import read_json, write_bytes, write_json, write_tensors, write_text
+from mixerzoo.temporary import is_free, temporary_of
 
 
 class Killed(BaseException):
@@ -52,6 +53,22 @@ def test_the_old_content_stays_until_the_new_is_whole(tmp_path, monkeypatch, ste
         write_json(path, {"new": True})
     assert read_json(path) == {"old": True}
     assert names(tmp_path) == ["f.json"]
+
+
+def test_a_place_is_free_whatever_a_killed_process_was_writing_there(tmp_path):
+    folder = tmp_path / "run"
+    assert is_free(folder)
+    folder.mkdir()
+    assert is_free(folder)
+    temporary_of(folder / "run.json").write_text('{"half')
+    temporary_of(folder / "best").mkdir()
+    assert is_free(folder)
+    for name in (".hidden", "run.json", "notes.7.tmp", ".run.json.tmp"):
+        (folder / name).write_text("")
+        assert not is_free(folder)
+        assert not is_free(folder / name)
+        (folder / name).unlink()
+    assert is_free(folder)
 
 
 def test_content_is_on_disk_before_the_name_is(tmp_path, monkeypatch):

@@ -20,8 +20,10 @@ from mixerzoo.cli import main
 from mixerzoo.errors import MixerzooError
 from mixerzoo.finetune import loop, rates
 from mixerzoo.student import load_student
+from mixerzoo.temporary import temporary_of
 from mixerzoo_search import image_parts, search
 from mixerzoo_search.finetuning import run as command
+from mixerzoo_search.finetuning.folder import TuningFolder
 from mixerzoo_search.finetuning.images import PreparedImages
 from mixerzoo_search.finetuning.settings import FinetuneSettings
 from mixerzoo_search.opened_run import open_run
@@ -336,6 +338,15 @@ def test_two_do_not_train_in_one_folder(here):
     with locks.held(here / "run" / ".finetuned.lock", wait=False):
         refused(run("run", "--steps", "3"), "another process trains there", "--out")
     assert not (here / "run" / "finetuned").exists()
+
+
+def test_a_training_that_was_killed_while_it_began_goes_on(tmp_path):
+    folder = TuningFolder(tmp_path / "tuned", {"steps": 3})
+    folder.path.mkdir()
+    temporary_of(folder.path / "finetune.json").write_text('{"half')
+    assert folder.result() is None
+    folder.note(run="a")
+    assert folder.record() == {"identity": {"steps": 3}, "run": "a"}
 
 
 def test_images_are_prepared_once_while_there_is_room(here, monkeypatch):

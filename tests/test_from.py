@@ -11,6 +11,7 @@ from tiny_search import check_summary
 from mixerzoo.cli import main
 from mixerzoo.errors import MixerzooError
 from mixerzoo.latency import Stopwatch
+from mixerzoo.temporary import temporary_of
 from mixerzoo_search import candidates, context, search, taking_over
 from mixerzoo_search.claims import TAKEN
 from mixerzoo_search.evaluate import Evaluator
@@ -215,6 +216,14 @@ def test_on_another_machine_latency_is_measured_anew(again, first, work):
     assert result.summary["teacher"]["latency_ms"] != 99.0
     assert not [trial for trial in trials_of(result.path) if TAKEN in trial.user_attrs]
     assert run.load("scores").items() <= RunDirectory(result.path).load("scores").items()
+
+
+def test_what_a_killed_process_was_writing_there_does_not_take_the_name(again, first):
+    out = first.parent / "mine"
+    out.mkdir()
+    temporary_of(out / "run.json").write_text('{"half')
+    assert again(budget="53%", finetune_minutes=0, trials=1, out=out).path == out
+    assert {path.name for path in out.iterdir() if path.name.startswith(".")} == set()
 
 
 @pytest.mark.slow

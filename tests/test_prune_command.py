@@ -14,8 +14,10 @@ from mixerzoo.hosts import assemble, count_params
 from mixerzoo.opening import open_teacher
 from mixerzoo.plan import Candidate, Plan
 from mixerzoo.student import Student, make_replacement, save_student
+from mixerzoo.temporary import temporary_of
 from mixerzoo_search import search
 from mixerzoo_search.prune import work as prune_module
+from mixerzoo_search.prune.family import Family
 
 FILES = {"README.md", "model.safetensors", "plan.json", "result.json"}
 QUICK = ("--steps", "6", "--finetune-steps", "4", "--quiet", "--threads", "1")
@@ -187,6 +189,15 @@ def test_another_pruning_in_the_folder_is_refused(place, pruned, monkeypatch):
         "--out",
     )
     refused(run("--targets", "50%", "--out", "run"), "holds no pruned students")
+
+
+def test_a_pruning_that_was_killed_while_it_began_goes_on(tmp_path):
+    family = Family(tmp_path / "family", {"by": "latency"})
+    family.path.mkdir()
+    temporary_of(family.path / "prune.json").write_text('{"half')
+    family.check()
+    family.note(run="a")
+    family.check()
 
 
 def test_targets_out_of_reach_are_refused_before_anything_is_written(here):

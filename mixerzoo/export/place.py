@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 from mixerzoo.errors import MixerzooError
 from mixerzoo.export.formats import Format
 from mixerzoo.student_source import Source
+from mixerzoo.temporary import temporary_of
 
 FOLDER = "export"
 
@@ -43,7 +43,7 @@ def _own_files(source: Source) -> list[Path]:
 @contextmanager
 def workshop_of(target: Path) -> Iterator[Path]:
     """Give a folder beside the target to work in; it is gone afterwards, with all that was not put in its place."""
-    workshop = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    workshop = temporary_of(target)
     made = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
     try:
         workshop.mkdir(parents=True)

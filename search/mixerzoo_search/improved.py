@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from mixerzoo.hosts import Teacher
 from mixerzoo.plan import Plan
 from mixerzoo.score import Evaluation
 from mixerzoo.student import Student, save_student
+from mixerzoo.temporary import temporary_of
 from mixerzoo_search.context import Context
 
 RESULT_FILE = "result.json"
@@ -141,7 +141,7 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     Raises:
         MixerzooError: if it cannot be written.
     """
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = temporary_of(folder)
     old = temporary.with_suffix(".old")
     try:
         fill(temporary)

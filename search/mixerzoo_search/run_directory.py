@@ -11,6 +11,7 @@ from typing import Any
 
 from mixerzoo.errors import MixerzooError
 from mixerzoo.files import read_json, write_json
+from mixerzoo.temporary import is_free
 from mixerzoo_search.differences import difference
 
 RUN_FILE = "run.json"
@@ -36,7 +37,7 @@ class RunDirectory:
             MixerzooError: if the directory holds another search (with the difference), or something else.
         """
         if not self.begun:
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            if not is_free(self.path):
                 raise MixerzooError(f"run directory '{self.path}' holds something else; give another --out")
             return False
         there = self.record().get("identity")

@@ -19,6 +19,7 @@ from optuna.trial import TrialState
 from mixerzoo.files import json_hash, write_json
 from mixerzoo.plan import Candidate, Plan
 from mixerzoo.registry import get_registry
+from mixerzoo.temporary import is_free
 from mixerzoo_search.additive import AdditiveModel
 from mixerzoo_search.candidates import CandidateLibrary, Candidates
 from mixerzoo_search.claims import RESULT, WEIGHTS, add_finished, is_in
@@ -112,8 +113,8 @@ def begin(run: RunDirectory, carried: Carried, identity: Mapping[str, Any], **re
     for name, content in carried.files.items():
         write_json(staged / f"{name}.json", content)
     RunDirectory(staged).start(identity, **record)
-    if run.path.exists():
-        run.path.rmdir()  # it is empty
+    if is_free(run.path):
+        shutil.rmtree(run.path, ignore_errors=True)
     staged.rename(run.path)
 
 

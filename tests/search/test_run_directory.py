@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mixerzoo.errors import MixerzooError
+from mixerzoo.temporary import temporary_of
 from mixerzoo_search import run_directory
 from mixerzoo_search.differences import machines, space
 from mixerzoo_search.run_directory import PHASES, ReadOnlyRun, RunDirectory
@@ -102,6 +103,14 @@ def test_something_else_is_refused(run):
         run.check(IDENTITY)
     with pytest.raises(MixerzooError, match="holds something else; give another --out"):
         RunDirectory(run.path / "letter.txt").check(IDENTITY)
+
+
+def test_a_search_that_was_killed_while_it_began_has_not_begun(run):
+    run.path.mkdir(parents=True)
+    temporary_of(run.path / "run.json").write_text('{"half')
+    assert not run.check(IDENTITY)
+    run.start(IDENTITY, teacher_ms=1)
+    assert run.check(IDENTITY)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from mixerzoo.files import read_json, write_json
 from mixerzoo.hosts import Teacher
 from mixerzoo.locks import held
 from mixerzoo.student import Student
+from mixerzoo.temporary import is_free
 from mixerzoo_search.improved import RESULT_FILE, fill_folder
 
 RECORD_FILE = "finetune.json"  # while it is trained; `result.json` has it in the end
@@ -71,7 +72,7 @@ class TuningFolder:
                         f"{self.identity.get(key)} here); give another --out"
                     )
             return found if name == RESULT_FILE else None
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if not is_free(self.path):
             raise MixerzooError(f"'{self.path}' exists and holds no fine-tuned student; give another --out")
         return None
 

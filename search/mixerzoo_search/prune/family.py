@@ -13,6 +13,7 @@ from mixerzoo.files import read_json, write_json, write_text
 from mixerzoo.hosts import Teacher, assemble
 from mixerzoo.locks import held
 from mixerzoo.student import Student, load_student, save_student
+from mixerzoo.temporary import is_free
 from mixerzoo_search.improved import RESULT_FILE, replace_folder
 from mixerzoo_search.prune.settings import label
 
@@ -40,7 +41,7 @@ class Family:
             MixerzooError: with the difference.
         """
         if not (self.path / RECORD_FILE).exists():
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            if not is_free(self.path):
                 raise MixerzooError(f"'{self.path}' exists and holds no pruned students; give another --out")
             return
         found = read_json(self.path / RECORD_FILE)
