@@ -28,6 +28,8 @@ class Figures:
         accuracy: share of right answers.
         agreement: with the teacher.
         loss: against the teacher.
+        change_low: of the 95 % interval of the accuracy less the teacher's, its lower end, in [-1, 1].
+        change_high: its upper end.
         latency_ms: median.
         params: parameters.
         teacher_accuracy: of the teacher, on the same images.
@@ -43,6 +45,8 @@ class Figures:
     accuracy: float | None = None
     agreement: float | None = None
     loss: float | None = None
+    change_low: float | None = None
+    change_high: float | None = None
     latency_ms: float | None = None
     params: int | None = None
     teacher_accuracy: float | None = None
@@ -133,7 +137,8 @@ def _of_run(source: Source) -> Figures:
 def _of_best(source: Source, known: Figures) -> Figures:
     best = source.summary.get("best")
     if best is not None:
-        return _with(known, _row(best))
+        low, high = source.summary.get("test", {}).get("accuracy_interval") or (None, None)
+        return _with(known, _row(best) | {"change_low": _number(low), "change_high": _number(high)})
     if source.run is not None and (source.run / FAR_FILE).is_file():
         far = read_json(source.run / FAR_FILE)
         known = replace(
@@ -181,8 +186,8 @@ def _conditions(environment: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _row(row: Mapping[str, Any]) -> dict[str, Any]:
-    numbers = {name: _number(row.get(name)) for name in ("accuracy", "agreement", "loss", "latency_ms")}
-    return {**numbers, "params": row.get("params")}
+    names = ("accuracy", "agreement", "loss", "change_low", "change_high", "latency_ms")
+    return {**{name: _number(row.get(name)) for name in names}, "params": row.get("params")}
 
 
 def _with(known: Figures, found: Mapping[str, Any] | None) -> Figures:

@@ -6,8 +6,9 @@ there are some, accuracy is reported too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
@@ -30,11 +31,22 @@ class Evaluation:
         loss: KL in nats, or 1 - cosine; a mean over images.
         agreement: share of images with the teacher's answer; for embeddings, the mean cosine. In [0, 1].
         accuracy: share of images with the right answer, or None without labels or classes.
+        change_low: of the 95 % interval of the accuracy less the teacher's, the lower end in [-1, 1]; or None likewise.
+        change_high: its upper end.
     """
 
     loss: float
     agreement: float
     accuracy: float | None
+    change_low: float | None = None
+    change_high: float | None = None
+
+    def to_json(self) -> dict[str, float | None]:
+        """Return JSON-ready figures; those that are not finite become None."""
+        return {
+            name: value if value is not None and math.isfinite(value) else None
+            for name, value in asdict(self).items()
+        }
 
 
 def output_loss(output: torch.Tensor, target: torch.Tensor, *, classifier: bool) -> torch.Tensor:
@@ -53,11 +65,18 @@ def judge(
     loss = float(output_loss(output, target, classifier=classifier).mean())
     if not classifier:
         return Evaluation(loss=loss, agreement=min(1.0, max(0.0, 1 - loss)), accuracy=None)
-    answers = output.argmax(-1)
+    answers, theirs = output.argmax(-1), target.argmax(-1)
+    agreement = float((answers == theirs).float().mean())
+    if labels is None:
+        return Evaluation(loss=loss, agreement=agreement, accuracy=None)
+    right = answers == labels
+    low, high = change_interval(theirs == labels, right)
     return Evaluation(
         loss=loss,
-        agreement=float((answers == target.argmax(-1)).float().mean()),
-        accuracy=None if labels is None else float((answers == labels).float().mean()),
+        agreement=agreement,
+        accuracy=float(right.float().mean()),
+        change_low=low,
+        change_high=high,
     )
 
 
@@ -116,18 +135,8 @@ class Judge:
 
     def evaluate(self, student: nn.Module, *, first: int = 0) -> Evaluation:
         """Evaluate a student whose stages before `first` are the teacher's."""
-        return self.judged(self.outputs(student, first=first))
-
-    def judged(self, outputs: torch.Tensor) -> Evaluation:
-        """Evaluate a student by its outputs (B, C) on all images."""
+        outputs = self.outputs(student, first=first)
         return judge(outputs, self.target, self.labels, classifier=self.teacher.classifier)
-
-    def accuracy_interval(self, outputs: torch.Tensor) -> tuple[float, float] | None:
-        """Return the 95 % interval of the accuracy of outputs (B, C) less the teacher's; None without labels."""
-        if self.labels is None or not self.teacher.classifier:
-            return None
-        before, after = (one.argmax(-1) == self.labels for one in (self.target, outputs))
-        return change_interval(before, after)
 
     def evaluate_modules(self, modules: Mapping[str, nn.Module]) -> Evaluation:
         """Evaluate the teacher with `modules` at the named sites."""

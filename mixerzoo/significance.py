@@ -8,6 +8,9 @@ import torch
 
 CLEAR = 2.0  # standard errors
 QUANTILE = 1.96  # of the standard normal distribution, for an interval of 95 %
+CHANGE = (
+    "less the teacher's, 95 %"  # what tables call the interval of an accuracy less the teacher's, in points
+)
 
 
 def is_clear(gains: torch.Tensor) -> bool:
@@ -43,3 +46,8 @@ def change_interval(before: torch.Tensor, after: torch.Tensor) -> tuple[float, f
     change = gained - lost
     reach = QUANTILE * math.sqrt((gained + lost - change**2) / n)
     return max(-1.0, change - reach), min(1.0, change + reach)
+
+
+def change_text(low: float | None, high: float | None) -> str:
+    """Return the interval of a change of accuracy in points, such as "-0.8 to +0.3"; nothing where it is not known."""
+    return "" if low is None or high is None else f"{100 * low:+.1f} to {100 * high:+.1f}"

@@ -69,11 +69,13 @@ def test_the_table_has_the_teacher_and_every_figure(here):
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     assert lines[0].split() == [
-        "student", "replaced", "accuracy", "agreement", "latency", "of", "teacher", "parameters", "on", "disk",
+        "student", "replaced", "accuracy", "less", "the", "teacher's,", "95", "%", "agreement", "latency", "of",
+        "teacher", "parameters", "on", "disk",
     ]  # fmt: skip
     assert lines[1].split()[:5] == ["tiny", "(teacher)", "92.00%", "4.10", "ms"]
-    assert lines[2].split()[:9] == ["one", "3", "of", "4", "90.00%", "95.00%", "3.00", "ms", "73%"]
-    assert lines[3].split()[:9] == ["two", "1", "of", "4", "80.00%", "95.00%", "2.05", "ms", "50%"]
+    change = ["-3.4", "to", "-0.6"]
+    assert lines[2].split()[:12] == ["one", "3", "of", "4", "90.00%", *change, "95.00%", "3.00", "ms", "73%"]
+    assert lines[3].split()[:12] == ["two", "1", "of", "4", "80.00%", *change, "95.00%", "2.05", "ms", "50%"]
     assert len(lines) == 4
     assert all(line.rstrip().endswith("MiB") for line in lines[2:])
 
@@ -121,7 +123,13 @@ REFIT = {
     "kept": "after",
     "test": {
         "before": {"loss": 0.01, "agreement": 0.95, "accuracy": 0.9},
-        "after": {"loss": 0.008, "agreement": 0.97, "accuracy": 0.91},
+        "after": {
+            "loss": 0.008,
+            "agreement": 0.97,
+            "accuracy": 0.91,
+            "change_low": -0.02,
+            "change_high": 0.01,
+        },
     },
     "validation": {},
 }
@@ -133,6 +141,9 @@ def test_a_refit_has_its_own_figures_and_the_latency_of_its_plan(here):
     one, refit, other = told("runs/one", "runs/one/refit", "runs/two/refit")["students"]
     assert (one["name"], refit["name"], other["name"]) == ("runs/one", "one/refit", "two/refit")
     assert (refit["accuracy"], refit["agreement"], refit["loss"]) == (0.91, 0.97, 0.008)
+    assert (refit["change_low"], refit["change_high"]) == (-0.02, 0.01)
+    assert (one["change_low"], one["change_high"]) == tuple(tiny_run.CHANGE)
+    assert other["change_low"] is None  # of an earlier version
     assert refit["latency_ms"] == one["latency_ms"] == 3.0
     assert refit["params"] == one["params"]
     assert (other["accuracy"], other["latency_ms"]) == (0.9, None)  # another plan, which was never timed
@@ -191,7 +202,16 @@ def test_what_was_exported_brings_its_figures(here):
     assert found["notes"] == []
     one, *others = found["students"]
     for row in others:
-        for name in ("accuracy", "agreement", "latency_ms", "share", "params", "teacher_ms", "conditions"):
+        for name in (
+            "accuracy",
+            "change_low",
+            "agreement",
+            "latency_ms",
+            "share",
+            "params",
+            "teacher_ms",
+            "conditions",
+        ):
             assert row[name] == one[name], name
 
 

@@ -453,6 +453,7 @@ def test_the_figures_are_printed(place):
     for step, row in result_of(place)["measured"].items():
         (line,) = (line for line in text.splitlines() if line.startswith(f"{step:<12}"))
         assert f"{row['accuracy']:.2%}" in line
+        assert f"{100 * row['change_low']:+.1f} to {100 * row['change_high']:+.1f} " in line
         assert f"{row['token_correlation']:.4g}" in line
     assert "cross-entropy on labels" in text
     assert str(Path("run/best")) in text

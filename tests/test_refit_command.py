@@ -136,7 +136,9 @@ def test_the_figures_before_and_after_are_printed(here):
     for line, name in ((before, "before"), (after, "after")):
         assert line.split()[0] == name
         assert f"{result['test'][name]['loss']:.4g}" in line.split()
-        assert f"{result['test'][name]['accuracy']:.2%}" in line.split()
+        test = result["test"][name]
+        assert f"{test['accuracy']:.2%}" in line.split()
+        assert f"{100 * test['change_low']:+.1f} to {100 * test['change_high']:+.1f} " in line
     assert empty == ""
     assert str(Path("run/refit")) in where
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mixerzoo.hosts import Replacement, assemble
-from mixerzoo.score import HARMLESS, Judge, judge, output_loss
+from mixerzoo.score import HARMLESS, Evaluation, Judge, judge, output_loss
 
 COUNT = 13
 
@@ -176,12 +176,23 @@ def test_a_constant_answer_loses_the_entropy_of_sure_answers_and_the_spread_of_e
 def test_the_interval_of_accuracy_is_that_of_the_same_images():
     labels = torch.arange(COUNT) % 3
     the_judge = Judge(tiny.tiny_teacher(), tiny.tiny_batches(COUNT), labels)
-    classes = the_judge.target.shape[1]
-    right = torch.nn.functional.one_hot(labels, classes).float()
-    low, high = the_judge.accuracy_interval(right)
-    assert low <= 1 - the_judge.teacher_evaluation().accuracy <= high
-    unlabelled = Judge(tiny.tiny_teacher(), tiny.tiny_batches(COUNT), None)
-    assert unlabelled.accuracy_interval(right) is None
+    target = the_judge.target
+    right = torch.nn.functional.one_hot(labels, target.shape[1]).float()
+    found = judge(right, target, labels, classifier=True)
+    assert found.accuracy == 1
+    own = the_judge.teacher_evaluation()
+    assert found.change_low <= 1 - own.accuracy <= found.change_high
+    assert own.change_low == -own.change_high < 0
+    for classifier, these in ((True, None), (False, labels)):
+        none = judge(right, target, these, classifier=classifier)
+        assert (none.accuracy, none.change_low, none.change_high) == (None, None, None)
+
+
+def test_figures_that_are_not_finite_are_none_in_json():
+    found = Evaluation(loss=math.nan, agreement=0.5, accuracy=None, change_low=-0.25, change_high=math.inf)
+    assert found.to_json() == {
+        "loss": None, "agreement": 0.5, "accuracy": None, "change_low": -0.25, "change_high": None,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("keep", ["images", "nothing"])

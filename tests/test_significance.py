@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixerzoo.significance import change_interval, has_helped, is_clear
+from mixerzoo.significance import change_interval, change_text, has_helped, is_clear
 
 ANSWERS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
 
@@ -47,6 +47,11 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
         low, high = change_interval(before, after)
         covered += low <= gained - lost <= high
     assert covered / times == pytest.approx(0.95, abs=0.025)
+
+
+def test_an_interval_is_told_in_points():
+    assert change_text(-0.0084, 0.00312) == "-0.8 to +0.3"
+    assert change_text(None, 0.1) == change_text(0.1, None) == ""
 
 
 def test_a_gain_is_clear_from_twice_its_standard_error_on():

@@ -25,6 +25,7 @@ ENVIRONMENT = {
     "versions": {},
 }
 FIGURES = {"accuracy": 0.9, "agreement": 0.95, "loss": 0.01, "latency_ms": 3.0}
+CHANGE = [-0.034, -0.006]
 TEACHER = {"accuracy": 0.92, "latency_ms": 4.1}
 
 
@@ -74,6 +75,7 @@ def write_run(
         "budget_ms": 3.2,
         "met": True,
         "best": best | FIGURES | figures,
+        "test": {"images": 500, "accuracy_interval": CHANGE},
         "pareto": [],
         "environment": environment,
     }

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 def compare_command(runs: tuple[Path, ...], picture: Path | None, as_json: bool) -> None:
     """Show students side by side: accuracy, agreement, latency, parameters and size.
 
+    Of an accuracy less the teacher's there is the 95 % interval: what chance may do on so many images.
+
     Each RUN is a run directory, whose best student is meant, or the folder or file of a student. The figures are
     those that were measured when it was made; where data, teacher or conditions were others, that is said.
     """
@@ -65,12 +67,15 @@ def _table(found: Comparison) -> Table:
     from rich.table import Table
     from rich.text import Text
 
+    from mixerzoo.significance import CHANGE, change_text
+
+    columns = ("replaced", "accuracy", CHANGE, "agreement", "latency", "of teacher", "parameters", "on disk")
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("student")
-    for name in ("replaced", "accuracy", "agreement", "latency", "of teacher", "parameters", "on disk"):
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for name, (accuracy, ms, params) in _teachers(found).items():
-        cells = ["", _percent(accuracy), "", _ms(ms), "", _count(params), ""]
+        cells = ["", _percent(accuracy), "", "", _ms(ms), "", _count(params), ""]
         table.add_row(Text(name), *cells, style="dim")
     for row in found.rows:
         figures = row.figures
@@ -79,6 +84,7 @@ def _table(found: Comparison) -> Table:
             Text(row.name),
             f"{replaced} of {len(row.plan)}",
             _percent(figures.accuracy),
+            change_text(figures.change_low, figures.change_high) or "-",
             _percent(figures.agreement),
             _ms(figures.latency_ms),
             "-" if figures.share is None else f"{figures.share:.0%}",

@@ -36,6 +36,7 @@ class Column:
         teacher: of its teacher, marked by a line.
         text: how a value is written.
         most: end of the scale, or None for the largest value there is.
+        reach: ends of an interval that the value lies in, where it is known.
     """
 
     title: str
@@ -44,6 +45,13 @@ class Column:
     teacher: Callable[[Row], float | None]
     text: Callable[[float], str]
     most: float | None = None
+    reach: Callable[[Row], tuple[float, float] | None] = lambda row: None
+
+
+def _accuracies(row: Row) -> tuple[float, float] | None:
+    """Return the teacher's accuracy plus the ends of the 95 % interval of what the student's is above it."""
+    teacher, low, high = row.figures.teacher_accuracy, row.figures.change_low, row.figures.change_high
+    return None if teacher is None or low is None or high is None else (teacher + low, teacher + high)
 
 
 def _percent(value: float) -> str:
@@ -58,6 +66,7 @@ COLUMNS = (
         teacher=lambda row: row.figures.teacher_accuracy,
         text=_percent,
         most=1.0,
+        reach=_accuracies,
     ),
     Column(
         title="agreement",
@@ -122,6 +131,10 @@ def compare_picture(comparison: Comparison) -> bytes:
             if not number:
                 axes.set_yticks(range(len(rows)), [_short(row.name) for row in rows])
         legend = "A grey line is the teacher."
+        if any(_accuracies(row) is not None for row in rows):
+            legend += (
+                " A black one is the 95 % interval of the accuracy, less the teacher's on the same images."
+            )
         for number, line in enumerate([legend, *notes]):
             figure.text(
                 0.1 / width, (below - 0.22 - 0.19 * number) / height, line, color=SOFT, size=8.5, va="top"
@@ -157,7 +170,10 @@ def _bars(axes: Any, rows: Sequence[Row], column: Column) -> None:
             axes.text(0.02 * most, at, "not measured", va="center", color=SOFT, size=8)
             continue
         axes.barh(at, value, height=0.56, color=column.colour, zorder=2)
-        end = max(value, teacher or 0.0)
+        reach = column.reach(rows[at])
+        if reach is not None:
+            axes.plot(reach, [at, at], color=INK, linewidth=1.2, zorder=3)
+        end = max(value, teacher or 0.0, reach[1] if reach else 0.0)
         axes.text(end + 0.03 * most, at, column.text(value), va="center", zorder=3)
 
 

@@ -18,6 +18,7 @@ from mixerzoo.compat import guard_torchvision
 from mixerzoo.figures import CONFIG_FILE, Figures
 from mixerzoo.files import write_bytes, write_json, write_text
 from mixerzoo.plan import Candidate
+from mixerzoo.significance import CHANGE, change_text
 from mixerzoo.student import PLAN_FILE, WEIGHTS_FILE
 
 LIBRARY = "mixerzoo"
@@ -186,6 +187,8 @@ def _table(figures: Figures) -> list[str]:
         rows.append(("latency, ms", _short(figures.teacher_ms), f"{_short(figures.latency_ms)}{share}"))
     if figures.accuracy is not None:
         rows.append(("accuracy", _percent(figures.teacher_accuracy), _percent(figures.accuracy)))
+        if change := change_text(figures.change_low, figures.change_high):
+            rows.append((CHANGE, "", change))
     if figures.agreement is not None:
         rows.append(("agreement with the teacher", "", _percent(figures.agreement)))
     if figures.loss is not None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from mixerzoo.files import read_json, write_json, write_text
 from mixerzoo.hosts import Teacher
 from mixerzoo.plan import Plan
 from mixerzoo.score import Evaluation
+from mixerzoo.significance import CHANGE, change_text
 from mixerzoo.student import Student, save_student
 from mixerzoo.temporary import temporary_of
 from mixerzoo_search.context import Context
@@ -44,27 +44,30 @@ class Improved:
     test: tuple[Evaluation, Evaluation]
 
     def figures(self) -> dict[str, Any]:
-        """Return JSON-ready figures; those that are not finite become null."""
+        """Return JSON-ready figures."""
         parts = (("validation", self.validation), ("test", self.test))
         return {
             "schema": SCHEMA,
             "kept": "after" if self.better else "before",
-            **{part: {"before": _finite(old), "after": _finite(new)} for part, (old, new) in parts},
+            **{part: {"before": old.to_json(), "after": new.to_json()} for part, (old, new) in parts},
         }
 
 
 def closing_lines(figures: Mapping[str, Any], path: Path) -> list[str]:
     """Return what the command line prints: the figures on test images before and after, and where the student is."""
-    lines = [f"{'test images':<12}{'loss':>10}{'agreement':>12}{'accuracy':>11}{'validation loss':>18}"]
+    lines = [
+        f"{'test images':<12}{'loss':>10}{'agreement':>12}{'accuracy':>11}{CHANGE:>24}{'validation loss':>18}"
+    ]
     for name in ("before", "after"):
         test, validation = figures["test"][name], figures["validation"][name]
         cells = (
             _text(test["loss"], ".4g", "nan"),
             _text(test["agreement"], ".2%"),
             _text(test["accuracy"], ".2%"),
+            change_text(test.get("change_low"), test.get("change_high")),
             _text(validation["loss"], ".4g", "nan"),
         )
-        lines.append(f"{name:<12}{cells[0]:>10}{cells[1]:>12}{cells[2]:>11}{cells[3]:>18}")
+        lines.append(f"{name:<12}{cells[0]:>10}{cells[1]:>12}{cells[2]:>11}{cells[3]:>24}{cells[4]:>18}")
     if figures["kept"] == "before":
         lines.append("no lower loss on validation images: the student was kept as it was")
     return [*lines, "", f"student     {path}   (mixerzoo.load)"]
@@ -91,6 +94,8 @@ def model_card(teacher: Teacher, found: Improved, *, title: str, done: str, in_v
     rows += [("agreement with the teacher", f"{before.agreement:.2%}", f"{now.agreement:.2%}")]
     if before.accuracy is not None and now.accuracy is not None:
         rows.append(("accuracy", f"{before.accuracy:.2%}", f"{now.accuracy:.2%}"))
+        old, new = (change_text(one.change_low, one.change_high) for one in (before, now))
+        rows.append((CHANGE, old, new))
     what = done if found.better else f"as it was: {in_vain} did not lower its validation loss"
     return "\n".join(
         [
@@ -155,13 +160,6 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             old.rename(folder)
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _finite(judged: Evaluation) -> dict[str, float | None]:
-    return {
-        name: value if value is not None and math.isfinite(value) else None
-        for name, value in asdict(judged).items()
-    }
 
 
 def _text(value: float | None, form: str, nothing: str = "") -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mixerzoo.plan import Plan
+from mixerzoo.significance import change_text
 from mixerzoo_search import report
 from mixerzoo_search.context import Context
 from mixerzoo_search.evaluate import PlanResult
@@ -155,8 +156,7 @@ def closing_lines(summary: Mapping[str, Any], path: Path, tracking_uri: str) -> 
 
 def _in_points(interval: Sequence[float]) -> str:
     """Return the interval of a change of accuracy in words."""
-    low, high = (100 * bound for bound in interval)
-    return f"a change of {low:+.1f} to {high:+.1f} points, with 95 % confidence"
+    return f"a change of {change_text(*interval)} points, with 95 % confidence"
 
 
 def _percent(value: float | None) -> str:

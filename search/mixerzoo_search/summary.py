@@ -60,13 +60,13 @@ def plan_row(result: PlanResult, test: Evaluation | None = None) -> dict[str, An
 def summarize(context: Context, findings: Findings) -> dict[str, Any]:
     """Return the summary: the teacher and the winner on test images, the frontier on study images."""
     teacher, best, results = context.teacher, findings.outcome.best, findings.all_results
-    tested, interval = None, None
+    tested, judged = None, None
     with context.reporter.phase("teacher and winner, on test images", 2) as report:
         judge = context.test_judge
         report(1)
         if best is not None:
-            outputs = judge.outputs(best.student)
-            tested, interval = plan_row(best.result, judge.judged(outputs)), judge.accuracy_interval(outputs)
+            judged = judge.evaluate(best.student)
+            tested = plan_row(best.result, judged)
         report(2)
     worst = context.study_judge.constant_loss()
     points = [(r.latency_ms / context.teacher_ms, r.loss / worst) for r in results]
@@ -83,7 +83,12 @@ def summarize(context: Context, findings: Findings) -> dict[str, Any]:
         "budget_ms": context.budget_ms,
         "met": best is not None,
         "best": tested,
-        "test": {"images": judge.images, "accuracy_interval": None if interval is None else list(interval)},
+        "test": {
+            "images": judge.images,
+            "accuracy_interval": None
+            if judged is None or judged.change_low is None
+            else [judged.change_low, judged.change_high],
+        },
         "pareto": [plan_row(result) for result in frontier_of(results)],
         "hypervolume": hypervolume(points, (1.0, 1.0)),
         "evaluations": len(results),

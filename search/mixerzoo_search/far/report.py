@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from mixerzoo.significance import CHANGE, change_text
 from mixerzoo_search.far.token_correlation import SiteSimilarity, pairs
 from mixerzoo_search.report.palette import ACCENT, INK, LINE, SOFT, heat
 from mixerzoo_search.report.pictures import DPI, PICTURE_STYLE, as_png
@@ -113,6 +114,7 @@ def model_card(result: Mapping[str, Any], data: str) -> str:
     figures = [
         ("parameters", f"{teacher['params']:,}", f"{student['params']:,}"),
         ("accuracy", _percent(teacher["accuracy"]), _percent(last["accuracy"])),
+        (CHANGE, "", _change(last)),
         ("agreement with the teacher", "", _percent(last["agreement"])),
         ("loss against the teacher", "", _figure(last["loss"])),
         ("token-to-token correlation", "", _figure(last["token_correlation"])),
@@ -150,14 +152,15 @@ def closing_lines(result: Mapping[str, Any], path: Path) -> list[str]:
         f"task loss   {result['task_loss']}",
         f"compared    {result['compared']}",
         "",
-        f"{'test images':<12}{'accuracy':>10}{'agreement':>12}{'loss':>10}{'token correlation':>20}{'per image':>12}",
+        f"{'test images':<12}{'accuracy':>10}{CHANGE:>26}{'agreement':>12}{'loss':>10}{'token correlation':>20}"
+        f"{'per image':>12}",
         f"{'teacher':<12}{_percent(result['teacher']['accuracy']):>10}",
     ]
     for step in STEPS:
         row = result["measured"][step]
         lines.append(
-            f"{step:<12}{_percent(row['accuracy']):>10}{_percent(row['agreement']):>12}{_figure(row['loss']):>10}"
-            f"{_figure(row['token_correlation']):>20}{_figure(row['token_correlation_per_image']):>12}"
+            f"{step:<12}{_percent(row['accuracy']):>10}{_change(row):>26}{_percent(row['agreement']):>12}"
+            f"{_figure(row['loss']):>10}{_figure(row['token_correlation']):>20}{_figure(row['token_correlation_per_image']):>12}"
         )
     seconds = sum(row["seconds"] for row in result["curve"])
     return [
@@ -168,6 +171,10 @@ def closing_lines(result: Mapping[str, Any], path: Path) -> list[str]:
         f"student     {path / 'best'}   (mixerzoo.load)",
         f"picture     {path / 'far.png'}",
     ]
+
+
+def _change(row: Mapping[str, Any]) -> str:
+    return change_text(row.get("change_low"), row.get("change_high"))
 
 
 def _percent(value: float | None) -> str:

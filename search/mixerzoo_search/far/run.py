@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -191,7 +190,7 @@ class _Far:
             with self.reporter.phase(f"stage {stage} of {len(STAGES)}, percent", 100) as report:
                 while pace.share(standing.epoch, standing.seconds) < 1:
                     row = trainer.epoch(standing, optimizer, pace, lambda share: report(100 * min(share, 1)))
-                    row["validation"] = _finite(asdict(self._validated(student)))
+                    row["validation"] = self._validated(student).to_json()
                     standing.curve.append(row)
                     save_standing(self.path, standing, student, optimizer)
             if stage < STAGES[-1]:
@@ -235,7 +234,7 @@ def figures(measured: Measured) -> dict[str, Any]:
     mean = {name: site.mean for name, site in measured.sites.items()}
     per_image = {name: site.per_image for name, site in measured.sites.items()}
     return {
-        **_finite(asdict(measured.student)),
+        **measured.student.to_json(),
         **_finite({"token_correlation": average(mean), "token_correlation_per_image": average(per_image)}),
         "sites": {
             name: _finite({"token_correlation": mean[name], "token_correlation_per_image": per_image[name]})

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mixerzoo.hosts import Teacher
+from mixerzoo.significance import CHANGE, change_text
 from mixerzoo_search.prune.settings import label
 
 SHOWN = {"cut": "cut", "refitted": "refitted in closed form", "finetuned": "distilled as a whole"}
@@ -25,6 +26,8 @@ def card(teacher: Teacher, name: str, result: Mapping[str, Any], plan: Mapping[s
         )
         if test["after"][key] is not None
     ]
+    if test["after"]["accuracy"] is not None:
+        rows.append((CHANGE, _change(test["before"]), _change(test["after"])))
     rows.append(("parameters", f"{result['before_params']:,}", f"{result['params']:,}"))
     share, error = result["latency_share"], result["latency_error"]
     return "\n".join(
@@ -56,9 +59,9 @@ def card(teacher: Teacher, name: str, result: Mapping[str, Any], plan: Mapping[s
 
 def closing_lines(record: Mapping[str, Any], path: Path) -> list[str]:
     """Return the table of a family: a row a student, on test images."""
-    form = "{:<10}{:>9}{:>10}{:>12}{:>10}{:>12}{:>11}{:>15}"
+    form = "{:<10}{:>9}{:>10}{:>12}{:>10}{:>12}{:>11}{:>26}{:>15}"
     head = form.format(
-        "target", "latency", "ms", "parameters", "loss", "agreement", "accuracy", "after the cut"
+        "target", "latency", "ms", "parameters", "loss", "agreement", "accuracy", CHANGE, "after the cut"
     )
     lines = [head]
     before = record["before"]
@@ -102,8 +105,13 @@ def _row(
         _text(test["loss"], ".4g"),
         _text(test["agreement"], ".2%"),
         _text(test["accuracy"], ".2%"),
+        _change(test),
         cut,
     ).rstrip()
+
+
+def _change(test: Mapping[str, float | None]) -> str:
+    return change_text(test.get("change_low"), test.get("change_high"))
 
 
 def _text(value: float | None, form: str) -> str:

@@ -113,8 +113,8 @@ class Work:
         )
         judged = pruner.judged(student.model)
         result = {
-            "test": {"after": figures(judged[1])},
-            "validation": {"after": figures(judged[0])},
+            "test": {"after": judged[1].to_json()},
+            "validation": {"after": judged[0].to_json()},
             "units_in_use": {
                 "before": pruner.in_use(pruner.student.model),
                 "after": pruner.in_use(student.model),
@@ -221,16 +221,8 @@ class Work:
         }
 
 
-def figures(judged: Evaluation) -> dict[str, float | None]:
-    """Return JSON-ready figures; those that are not finite become null."""
-    return {
-        name: value if value is not None and math.isfinite(value) else None
-        for name, value in asdict(judged).items()
-    }
-
-
 def _pair(judged: Figures) -> dict[str, Any]:
-    return {"validation": figures(judged[0]), "test": figures(judged[1])}
+    return {"validation": judged[0].to_json(), "test": judged[1].to_json()}
 
 
 def _without_curves(result: Mapping[str, Any]) -> dict[str, Any]:

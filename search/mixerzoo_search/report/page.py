@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from mixerzoo.plan import KEEP, KEEP_LETTER, Candidate
+from mixerzoo.significance import change_text
 from mixerzoo_search.report import numbers
 from mixerzoo_search.report.content import STATISTICS, PriorTable, Profile, Report, SiteRow
 from mixerzoo_search.report.damage import damage_chart, damage_grid, rank_grid, rank_text, scored
@@ -169,8 +170,7 @@ def _report_header(report: Report) -> str:
     if teacher.accuracy is not None and best.accuracy is not None:
         change = f"{100 * (best.accuracy - teacher.accuracy):+.1f} points"
         if report.accuracy_interval is not None:
-            low, high = (100 * bound for bound in report.accuracy_interval)
-            change += f" (95 %: {low:+.1f} to {high:+.1f}), {report.test_images:,} images"
+            change += f" (95 %: {change_text(*report.accuracy_interval)}), {report.test_images:,} images"
         figures.append(
             _figure(
                 "accuracy",
