@@ -18,7 +18,7 @@ import mixerzoo
 from mixerzoo.cli import main
 from mixerzoo.opening import open_teacher
 from mixerzoo.student import load_student
-from mixerzoo_search import search
+from mixerzoo_search import image_parts, search
 from mixerzoo_search.refitting import run as refitting
 
 SCRIPT = Path(__file__).parent / "tiny_search.py"
@@ -160,15 +160,21 @@ def test_a_refit_that_does_not_help_is_undone_and_said(here, monkeypatch):
     assert written(here / "run" / "refit")["kept"] == "before"
 
 
+def scaled(student, factor):
+    other = copy.deepcopy(student)
+    with torch.no_grad():
+        other.head.weight.mul_(factor)
+    return other
+
+
 def test_gradient_steps_go_on_where_the_closed_form_ends(here, monkeypatch):
     library_plan(here)
     given = []
 
     def finetune(teacher, student, images, *, seconds, evaluate, seed, on_progress):
         given.append((seconds, evaluate(student), len(images)))
-        with torch.no_grad():
-            better = copy.deepcopy(student)
-            better.head.weight.mul_(1.0 + 1e-3)
+        better = min((scaled(student, factor) for factor in (0.999, 1.001)), key=evaluate)
+        assert evaluate(better) < evaluate(student)
         return better, 0.0
 
     assert run("run", "--plan", "plan.json", "--out", "closed").exit_code == 0
@@ -181,7 +187,25 @@ def test_gradient_steps_go_on_where_the_closed_form_ends(here, monkeypatch):
     assert images > closed["images"]  # all that are there to distil on
     assert stepped["kept"] == "after"
     head = weights(here / "run" / "refit")["head.weight"]
-    torch.testing.assert_close(head, weights(here / "closed")["head.weight"] * (1 + 1e-3))
+    factor = head / weights(here / "closed")["head.weight"]
+    assert (factor - 1).abs().max() == pytest.approx(1e-3, rel=0.01)
+
+
+def test_steps_that_helped_only_where_their_best_state_was_chosen_are_undone(here, monkeypatch):
+    monkeypatch.setattr(image_parts, "FINAL_IMAGES", 2)
+    library_plan(here)
+
+    def finetune(teacher, student, images, **_):
+        return scaled(student, -1.0), 0.0
+
+    assert run("run", "--plan", "plan.json", "--out", "closed").exit_code == 0
+    monkeypatch.setattr(refitting, "finetune", finetune)
+    assert run("run", "--plan", "plan.json", "--minutes", "2").exit_code == 0
+    closed, stepped = written(here / "closed"), written(here / "run" / "refit")
+    assert stepped["kept"] == closed["kept"] == "after"
+    assert stepped["validation"] == closed["validation"]
+    assert stepped["test"] == closed["test"]
+    assert same(weights(here / "run" / "refit"), weights(here / "closed"))
 
 
 def test_the_kept_modules_that_were_solved_again_are_in_the_folder(here):

@@ -21,6 +21,7 @@ from mixerzoo.student import Student
 from mixerzoo.tracking import Tracker, is_there
 from mixerzoo_search import improved
 from mixerzoo_search.context import Context
+from mixerzoo_search.finetuning.images import PreparedImages
 from mixerzoo_search.improved import (
     Improved,
     fill_folder,
@@ -117,18 +118,21 @@ def _refit(
     before = judged(context, student.model)
     state = {name: tensor.clone() for name, tensor in student.model.state_dict().items()}
     began = time.perf_counter()
-    batches = list(image_batches(data, chosen, teacher.image))
+    batches = image_batches(data, chosen, teacher.image)
     with context.reporter.phase("sequential refit", len(teacher.sites)) as report:
         stitched = Stitched(student=student.model, mixers=mixers)
         refit_students(teacher, [stitched], batches, on_site=report)
     seconds = time.perf_counter() - began
-    after = judged(context, student.model)
+    after = best = judged(context, student.model)
     if not after[0].loss < before[0].loss:  # nor where it is NaN
         student.model.load_state_dict(state)
+        best = before
     if minutes:
-        student, taken = _distilled(context, student, minutes)
+        distilled, taken = _distilled(context, student, minutes)
         seconds += taken
-        after = judged(context, student.model)
+        found = judged(context, distilled.model)
+        if found[0].loss < best[0].loss:  # its best state was chosen on other images
+            student, after = distilled, found
     return student, Refitted(
         path=folder,
         plan=student.plan,
@@ -142,13 +146,14 @@ def _refit(
 
 
 def _distilled(context: Context, student: Student, minutes: float) -> tuple[Student, float]:
-    """Distil a student as a whole; return the best by validation loss, itself included, and the seconds taken."""
+    """Distil a student as a whole; return its best state on the final images, itself included, and the seconds."""
     began = time.perf_counter()
     with context.reporter.phase("distillation as a whole", 1) as report:
         model, _ = finetune(
             context.teacher,
             student.model,
-            context.training_images,
+            # All that there are to distil on: here no student is compared on those of the study.
+            PreparedImages(context.data, context.data.splits.calibration, context.teacher.image),
             seconds=60 * minutes,
             evaluate=lambda model: context.final_judge.evaluate(model).loss,
             seed=context.settings.seed,
