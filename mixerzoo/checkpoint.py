@@ -98,7 +98,12 @@ def restore_moments(
 
 
 def _remove_tensors(folder: Path, *, but: str = "") -> None:
-    for path in folder.glob(_PATTERN):
+    """Remove the tensors of other checkpoints, and what a killed process was writing."""
+    for path in (
+        *folder.glob(_PATTERN),
+        *folder.glob(f".{_PATTERN}.*.tmp"),
+        *folder.glob(f".{CHECKPOINT}.*.tmp"),
+    ):
         if path.name != but:
             path.unlink(missing_ok=True)
 

@@ -568,6 +568,58 @@ def test_a_damaged_checkpoint_is_named(stopped, spoil):
     tune(tiny.tiny_teacher(), folder=stopped)
 
 
+def test_a_slow_check_does_not_pass_for_a_slow_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SAVE_SHARE", 1.0)
+    costs = []
+    save = Training._save
+
+    def recorded(training, folder):
+        costs.append(training.save_cost)
+        save(training, folder)
+
+    def slow(model):
+        for _ in range(500):
+            module.time.perf_counter()
+        return 1.0
+
+    monkeypatch.setattr(Training, "_save", recorded)
+    tune(tiny.tiny_teacher(), folder=tmp_path, evaluate=slow)
+    assert len(costs) > 2
+    assert max(costs) < 10
+
+
+def test_a_training_goes_on_where_autocast_is_another(stopped, monkeypatch):
+    monkeypatch.setattr(Recipe, "autocast", property(lambda self: torch.bfloat16))
+    _, tuned = tune(tiny.tiny_teacher(), folder=stopped)
+    assert tuned.steps == 40
+
+
+def test_what_a_killed_process_was_writing_goes_with_the_checkpoint(stopped):
+    (file,) = stopped.glob("*.safetensors")
+    for path in (file, stopped / CHECKPOINT):
+        path.with_name(f".{path.name}.1234.tmp").write_bytes(b"half")
+    remove_checkpoint(stopped)
+    assert list(stopped.iterdir()) == []
+
+
+def test_recurrent_layers_are_in_training_mode_and_nothing_else_is():
+    # cuDNN has gradients of those only; here it is told by the flag.
+    site = tiny.tiny_teacher().sites[0]
+    teacher = tiny.tiny_teacher()
+    student = assemble(teacher.model, {site.name: make_replacement(Candidate("multihead_lstm", 0.5), site)})
+    seen = []
+
+    def evaluate(model):
+        seen.append({name for name, part in model.named_modules() if part.training})
+        return 1.0
+
+    recurrent = {name for name, part in student.named_modules() if isinstance(part, nn.LSTM)}
+    train(teacher, student, Pool(torch.cat(list(images()))), Recipe(steps=2), evaluate=evaluate)
+    assert recurrent
+    assert seen == [recurrent] * len(seen)
+    assert not any(part.training for part in student.modules())
+
+
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, {"step": 1}, {"x": torch.ones(2)})
 

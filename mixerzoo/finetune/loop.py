@@ -95,7 +95,7 @@ class Training:
         self.device = torch.device(recipe.device)
         self.teacher, self.given = _moved(teacher, self.device), student
         self.labels = labels if recipe.label_weight else None
-        self.model = copy.deepcopy(student).to(self.device).eval().requires_grad_(True)
+        self.model = _trainable(copy.deepcopy(student).to(self.device))
         self.stages = teacher.host.stages(self.teacher.model), teacher.host.stages(self.model)
         self.first = self._first()
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model), lr=recipe.lr, weight_decay=0.0)
@@ -132,6 +132,7 @@ class Training:
                 on_row(self._row(self._rate(before), check=check))
                 standing.seconds = time.perf_counter() - began
                 standing.checked = standing.seconds if check else standing.checked
+            now = time.perf_counter()
             if self.folder is not None and now - saved >= max(SAVE_SECONDS, self.save_cost / SAVE_SHARE):
                 self._save(self.folder)
                 saved = time.perf_counter()
@@ -281,13 +282,25 @@ class Training:
 
     def _identity(self) -> dict[str, Any]:
         """Return what must be the same for a training to go on."""
-        recipe = asdict(self.recipe) | {"dtype": str(self.recipe.autocast)}
+        recipe = asdict(self.recipe) | {"dtype": str(self.recipe.dtype)}  # as asked: devices differ in theirs
         del recipe["device"]
         return recipe | {
             "teacher": self.teacher.fingerprint[:16],
             "student": fingerprint(self.given)[:16],
             "images": len(self.images),
         }
+
+
+def _trainable(model: nn.Module) -> nn.Module:
+    """Return a model as it computes when it is used, with gradients.
+
+    cuDNN has no gradients for recurrent layers in eval mode. Those without dropout compute the same in both.
+    """
+    model.eval().requires_grad_(True)
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase) and not module.dropout:
+            module.train()
+    return model
 
 
 def _moved(teacher: Teacher, device: torch.device) -> Teacher:
