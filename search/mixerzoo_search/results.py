@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ def make_report(context: Context, findings: Findings, summary: Mapping[str, Any]
         ),
         budget_ms=context.budget_ms,
         evaluations=[row(result) for result in results],
-        best=None if best is None else _on_test_images(row(best.result), summary["best"]),
+        best=None if best is None else row(best.result),
         exact_line=[(solution.ms, solution.loss) for solution in findings.line],
         sites=[
             report.SiteRow(
@@ -60,8 +59,7 @@ def make_report(context: Context, findings: Findings, summary: Mapping[str, Any]
             for site in teacher.sites
         ],
         mixers={name: letter for name, letter in context.letters.items() if name in used},
-        test_images=summary["test"]["images"],
-        accuracy_interval=summary["test"]["accuracy_interval"],
+        tested=_tested(summary),
         latency_model=summary["latency_model"],
         score_model=summary["score_model"],
         prior=findings.prior,
@@ -72,9 +70,13 @@ def make_report(context: Context, findings: Findings, summary: Mapping[str, Any]
     )
 
 
-def _on_test_images(row: report.EvaluationRow, best: Mapping[str, Any]) -> report.EvaluationRow:
-    """Return the winner's row with the figures that the teacher's stand beside: those on the test images."""
-    return replace(row, accuracy=best["accuracy"], agreement=best["agreement"])
+def _tested(summary: Mapping[str, Any]) -> report.Tested | None:
+    """Return the winner's figures on test images, which the teacher's stand beside."""
+    best = summary["best"]
+    if best is None:
+        return None
+    figures = {name: best[name] for name in ("loss", "agreement", "accuracy")}
+    return report.Tested(**summary["test"], **figures)
 
 
 def model_card(context: Context, summary: Mapping[str, Any]) -> str:

@@ -74,14 +74,15 @@ def test_a_report_says_first_what_matters(report: Make, tmp_path: Path) -> None:
     made = report()
     write_report(tmp_path, made)
     page = read(tmp_path / "report.html")
-    best = made.best
+    best, tested = made.best, made.tested
     assert best is not None
+    assert tested is not None
     for words in (
         "budget met",
         numbers.ms(best.latency_ms),
-        numbers.percent(best.accuracy),
+        numbers.percent(tested.accuracy),
         "points (95 %: −1.1 to +0.3), 360 images",
-        numbers.percent(best.agreement),
+        numbers.percent(tested.agreement),
         "MAPE 1.2 %, Spearman 0.99",
         "Loss: Spearman 0.93",
         "input dependence",
@@ -134,7 +135,9 @@ def test_what_is_not_known_is_left_out(report: Make, tmp_path: Path, accuracy: b
             for row in made.evaluations
         ]
         teacher = dataclasses.replace(made.teacher, accuracy=None)
-        made = dataclasses.replace(made, evaluations=rows, best=rows[0], teacher=teacher)
+        assert made.tested is not None
+        tested = dataclasses.replace(made.tested, accuracy=None, accuracy_interval=None)
+        made = dataclasses.replace(made, evaluations=rows, best=rows[0], teacher=teacher, tested=tested)
     bare = dataclasses.replace(
         made, exact_line=(), latency_model={}, score_model={"spearman": math.nan}, wall_s={}, environment={}
     )
@@ -251,6 +254,31 @@ def test_the_listed_frontier_always_has_the_best(report: Make) -> None:
         assert len(rows) <= most
         assert made.best in rows
         assert [row.latency_ms for row in rows] == sorted(row.latency_ms for row in rows)
+
+
+def test_a_winner_that_was_timed_again_is_listed_once(report: Make) -> None:
+    made = report(blocks=6, evaluations=40)
+    front = made.frontier()
+    best = dataclasses.replace(front[len(front) // 2], latency_ms=1.001 * front[len(front) // 2].latency_ms)
+    rows = listed_frontier(dataclasses.replace(made, best=best), 100)
+    assert len(rows) == len(front)
+    assert sum((row.plan, row.source) == (best.plan, best.source) for row in rows) == 1
+    assert best in rows
+
+
+def test_the_header_has_the_winner_on_test_images_and_the_list_as_it_was_compared(
+    report: Make, tmp_path: Path
+) -> None:
+    made = report(blocks=4, evaluations=20)
+    assert made.best is not None
+    assert made.tested is not None
+    tested = dataclasses.replace(made.tested, loss=0.1234, agreement=0.8765, accuracy=0.7654)
+    write_report(tmp_path, dataclasses.replace(made, tested=tested))
+    words = read(tmp_path / "report.html").words
+    for text in ("0.123", "87.6", "76.5"):
+        assert text in words
+    assert made.best.accuracy is not None
+    assert f"{100 * made.best.accuracy:.1f}" in words
 
 
 def test_losses_on_axes(report: Make) -> None:

@@ -13,6 +13,7 @@ from mixerzoo_search.report.content import (
     Report,
     SiteRow,
     Teacher,
+    Tested,
 )
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Report",
     "SiteRow",
     "Teacher",
+    "Tested",
     "write_profile",
     "write_report",
 ]

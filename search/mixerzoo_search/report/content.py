@@ -127,6 +127,25 @@ class PriorTable:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tested:
+    """The winner on test images, as the teacher's accuracy is; a row's is on images that students are compared on.
+
+    Attributes:
+        images: how many.
+        loss: against the teacher.
+        agreement: with the teacher.
+        accuracy: as a fraction; None without labels.
+        accuracy_interval: 95 % interval of the accuracy less the teacher's; None without labels.
+    """
+
+    images: int
+    loss: float
+    agreement: float
+    accuracy: float | None
+    accuracy_interval: Sequence[float] | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """Everything that the report of a search shows; plain data.
 
@@ -139,8 +158,7 @@ class Report:
         exact_line: (ms, predicted loss) of the additive model's exact frontier.
         sites: in forward order.
         mixers: mixer -> its letter in short names.
-        test_images: how many the teacher's and the winner's accuracy and agreement are of.
-        accuracy_interval: 95 % interval of the winner's accuracy less the teacher's; None without labels.
+        tested: the winner's figures on test images; None without a winner.
         latency_model: `mape` and `max_error` as fractions, `spearman`, `plans`.
         score_model: `spearman`, `plans`.
         prior: what the prior predicted, and what was measured.
@@ -158,8 +176,7 @@ class Report:
     exact_line: Sequence[tuple[float, float]] = ()
     sites: Sequence[SiteRow] = ()
     mixers: Mapping[str, str] = field(default_factory=dict)
-    test_images: int = 0
-    accuracy_interval: Sequence[float] | None = None
+    tested: Tested | None = None
     latency_model: Mapping[str, float] = field(default_factory=dict)
     score_model: Mapping[str, float] = field(default_factory=dict)
     prior: PriorTable | None = None

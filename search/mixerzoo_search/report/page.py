@@ -9,7 +9,7 @@ from html import escape
 from mixerzoo.plan import KEEP, KEEP_LETTER, Candidate
 from mixerzoo.significance import change_text
 from mixerzoo_search.report import numbers
-from mixerzoo_search.report.content import STATISTICS, PriorTable, Profile, Report, SiteRow
+from mixerzoo_search.report.content import STATISTICS, PriorTable, Profile, Report, SiteRow, Teacher, Tested
 from mixerzoo_search.report.damage import damage_chart, damage_grid, rank_grid, rank_text, scored
 from mixerzoo_search.report.frontier_view import (
     LISTED_PLANS,
@@ -167,29 +167,7 @@ def _report_header(report: Report) -> str:
             f"{teacher.latency_ms / best.latency_ms:.2f}x as fast, budget {numbers.ms(report.budget_ms)}",
         )
     ]
-    if teacher.accuracy is not None and best.accuracy is not None:
-        change = f"{100 * (best.accuracy - teacher.accuracy):+.1f} points"
-        if report.accuracy_interval is not None:
-            change += f" (95 %: {change_text(*report.accuracy_interval)}), {report.test_images:,} images"
-        figures.append(
-            _figure(
-                "accuracy",
-                _change(numbers.percent(teacher.accuracy).removesuffix(" %"), numbers.percent(best.accuracy)),
-                change.replace("-", "−"),
-            )
-        )
-    if best.agreement is not None:
-        figures.append(
-            _figure(
-                "agreement with the teacher",
-                numbers.percent(best.agreement),
-                f"loss {numbers.short(best.loss)}",
-            )
-        )
-    else:
-        figures.append(
-            _figure("loss against the teacher", numbers.short(best.loss), "0 is the teacher itself")
-        )
+    figures += _on_test_images(teacher, report.tested)
     figures.append(
         _figure(
             "parameters",
@@ -198,6 +176,28 @@ def _report_header(report: Report) -> str:
         )
     )
     return head + f'<dl class="figures">{"".join(figures)}</dl>'
+
+
+def _on_test_images(teacher: Teacher, tested: Tested | None) -> list[str]:
+    """Return the winner's accuracy, where there are labels, and how near it is to the teacher."""
+    if tested is None:
+        return []
+    figures = []
+    if teacher.accuracy is not None and tested.accuracy is not None:
+        change = f"{100 * (tested.accuracy - teacher.accuracy):+.1f} points"
+        if tested.accuracy_interval is not None:
+            change += f" (95 %: {change_text(*tested.accuracy_interval)}), {tested.images:,} images"
+        figures.append(
+            _figure(
+                "accuracy",
+                _change(
+                    numbers.percent(teacher.accuracy).removesuffix(" %"), numbers.percent(tested.accuracy)
+                ),
+                change.replace("-", "−"),
+            )
+        )
+    agreement, loss = numbers.percent(tested.agreement), f"loss {numbers.short(tested.loss)}"
+    return [*figures, _figure("agreement with the teacher", agreement, loss)]
 
 
 def _change(before: str, after: str) -> str:

@@ -127,15 +127,15 @@ def _title(figure: Any, report: Report) -> None:
     best = report.best
     if best is None:
         return
-    before = report.teacher
+    before, tested = report.teacher, report.tested
     parts = [
         f"{numbers.ms(before.latency_ms)} → {numbers.ms(best.latency_ms)} "
         f"({before.latency_ms / best.latency_ms:.2f}x as fast)"
     ]
-    if before.accuracy is not None and best.accuracy is not None:
-        parts.append(f"accuracy {numbers.percent(before.accuracy)} → {numbers.percent(best.accuracy)}")
-    if best.agreement is not None:
-        parts.append(f"agreement {numbers.percent(best.agreement)}")
+    if tested is not None:
+        if before.accuracy is not None and tested.accuracy is not None:
+            parts.append(f"accuracy {numbers.percent(before.accuracy)} → {numbers.percent(tested.accuracy)}")
+        parts.append(f"agreement {numbers.percent(tested.agreement)}")
     parts.append("budget met" if report.met else "budget not met")
     figure.text(0.02, 1 - 0.43 / height, "   |   ".join(parts), color=SOFT, va="top")
 
