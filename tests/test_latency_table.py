@@ -79,6 +79,24 @@ def asked(stopwatch, folder, *names, **options):
     return know(stopwatch, wanted, LatencyFile(folder, stopwatch), reporter=QUIET, **options)
 
 
+@pytest.mark.parametrize("most", [1, 3])
+def test_candidates_that_run_but_not_together_are_timed_in_smaller_parts(
+    stopwatch, tmp_path, monkeypatch, most
+):
+    expected = asked(stopwatch, tmp_path / "together")
+    real = reuse.measure_in_place
+
+    def measure(stopwatch, candidates, **options):
+        if sum(map(len, candidates.values())) > most:
+            raise MemoryError("too many")
+        return real(stopwatch, candidates, **options)
+
+    monkeypatch.setattr(reuse, "measure_in_place", measure)
+    found = asked(stopwatch, tmp_path / "apart")
+    assert found.placed == expected.placed
+    assert found.failed == expected.failed
+
+
 def test_everything_is_measured_once(stopwatch, tmp_path, timed):
     first = asked(stopwatch, tmp_path)
     assert (first.reused, first.measured, first.missing) == (0, 6, 0)  # `none` stands at both kinds of site

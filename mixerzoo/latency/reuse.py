@@ -224,20 +224,36 @@ def _measured(
     stopwatch: Stopwatch, candidates: Mapping[str, Row], on_round: Report
 ) -> tuple[float, Measured]:
     """Time candidates, and the teacher; one that cannot run has its reason instead, and costs no other."""
-    found: Measured = {shape: {} for shape in candidates}
     try:
         base, placed = measure_in_place(stopwatch, candidates, on_round=on_round)
-    except Exception:  # a plugin's mixer may raise anything: find out whose it was
-        failed = _failures(stopwatch, candidates)
-        if not any(failed.values()):
-            raise
-        rest = {shape: [c for c in row if str(c) not in failed[shape]] for shape, row in candidates.items()}
-        base, placed = measure_in_place(stopwatch, rest, on_round=on_round)
-        for shape, reasons in failed.items():
-            found[shape].update(reasons)
-    for shape, measured in placed.items():
-        found[shape].update(measured)
+        return base, {shape: dict(row) for shape, row in placed.items()}
+    except Exception as raised:  # a plugin's mixer may raise anything: find out whose it was
+        error = raised.with_traceback(None)  # which would keep alive what was prepared
+    failed = _failures(stopwatch, candidates)
+    rest = {shape: [c for c in row if str(c) not in failed[shape]] for shape, row in candidates.items()}
+    if any(failed.values()):
+        base, found = _measured(stopwatch, rest, on_round)
+    else:  # one by one they run: together they take too much memory
+        first, second = _halves(rest)
+        if not _count(first):
+            raise error
+        base, found = _measured(stopwatch, first, on_round)
+        for shape, row in _measured(stopwatch, second, on_round)[1].items():
+            found[shape].update(row)
+    for shape, reasons in failed.items():
+        found[shape].update(reasons)
     return base, found
+
+
+def _halves(candidates: Mapping[str, Row]) -> tuple[dict[str, list[Candidate]], dict[str, list[Candidate]]]:
+    """Divide candidates into two parts; the first is empty where there is but one."""
+    every = [(shape, candidate) for shape, row in candidates.items() for candidate in row]
+    middle = len(every) // 2
+    first, second = (
+        {shape: [c for at, c in part if at == shape] for shape in candidates}
+        for part in (every[:middle], every[middle:])
+    )
+    return first, second
 
 
 def _failures(stopwatch: Stopwatch, candidates: Mapping[str, Row]) -> dict[str, dict[str, str]]:
