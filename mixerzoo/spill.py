@@ -51,7 +51,7 @@ class FileRows:
             rows.to(self.dtype).contiguous().view(torch.uint8).numpy().tofile(file)
 
     def tensor(self) -> torch.Tensor:
-        """Return the tensor; rows that were not written are zeros."""
+        """Return the tensor, once; rows that were not written are zeros."""
         size = math.prod(self.shape) * self.dtype.itemsize
         with self._path.open("ab") as file:
             file.truncate(size)
@@ -75,9 +75,11 @@ class Spill:
         self._maps: list[mmap.mmap] = []
 
     def map(self, path: Path, size: int) -> mmap.mmap:
-        """Map a file of `size` bytes in the folder."""
+        """Map a file of `size` bytes in the folder; it has no name from then on, so that nothing is left by a kill."""
         with path.open("r+b") as file:
             self._maps.append(mmap.mmap(file.fileno(), size))
+        with suppress(OSError):  # Windows removes no file that is mapped
+            path.unlink()
         return self._maps[-1]
 
     def release(self) -> None:

@@ -28,7 +28,7 @@ def test_rows_in_files_are_those_in_memory(tmp_path, dtype):
     assert torch.equal(x, filled(None, *parts, shape=(9, 4, 3), dtype=dtype))
     spill.release()
     assert torch.equal(x, torch.cat(parts).to(dtype))
-    assert [path.stat().st_size for path in spill.folder.iterdir()] == [9 * 4 * 3 * dtype.itemsize]
+    assert list(spill.folder.iterdir()) == []  # a killed process leaves nothing
 
 
 def test_rows_that_were_not_written_are_zeros(tmp_path):
