@@ -97,8 +97,8 @@ def _without_gradients(call: Run, example: torch.Tensor) -> Run:
     def run() -> object:
         with torch.inference_mode():
             out = call()
-        if example.is_cuda:
-            torch.cuda.synchronize()
+        if example.device.type != "cpu":  # it returns before it is done
+            torch.accelerator.synchronize(example.device)
         return out
 
     return run
