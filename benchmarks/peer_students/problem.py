@@ -140,8 +140,8 @@ class Ground:
 
     @cached_property
     def training_images(self) -> PreparedImages:
-        """All images that there are to distil on: a search's fine-tuning sees them, and so does everybody's."""
-        return PreparedImages(self.data, self.data.splits.calibration, self.teacher.image)
+        """All images that a search distils its finalists on, and so everybody."""
+        return PreparedImages(self.data, self._parts.refit, self.teacher.image)
 
     @cached_property
     def captured(self) -> Capture:

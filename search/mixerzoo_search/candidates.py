@@ -253,10 +253,15 @@ class CandidateLibrary:
         self._targets = None
 
     def best(self, site: str, candidate: Candidate) -> Entry | None:
-        """Return the better of the closed form and the stepped one, if that counts; None if neither is usable."""
+        """Return the better of the closed form and the stepped one, if that counts; None if neither is usable.
+
+        Errors only compare where steps go by them; else a stepped form that counts is better by its own objective.
+        """
         forms = (False, True) if (site, candidate) in self.stepped else (False,)
         entries = [self.find(site, candidate, stepped=stepped) for stepped in forms]
         usable = [entry for entry in entries if entry is not None and not entry.failed]
+        if self.objective != "nmse":
+            return usable[-1] if usable else None
         return min(usable, key=lambda entry: entry.nmse, default=None)
 
     def state(self, entry: Entry) -> dict[str, torch.Tensor]:

@@ -110,14 +110,15 @@ class Context:
         return self.captured.statistics if stored is None else stored
 
     def release_activations(self) -> None:
-        """Let go of the teacher's activations: nothing is distilled block-locally any more."""
+        """Let go of the teacher's activations: nothing is distilled block-locally, or scored, any more."""
         self.__dict__.pop("captured", None)
+        self.__dict__.pop("score_judge", None)
         self.library.release_targets()
 
     @cached_property
     def training_images(self) -> PreparedImages:
-        """All images that there are to distil on: those that the closed forms saw are fitted too well to teach."""
-        return PreparedImages(self.data, self.data.splits.calibration, self.teacher.image)
+        """All images that students are neither compared nor scored on: more than the closed forms have seen."""
+        return PreparedImages(self.data, self.image_parts.refit, self.teacher.image)
 
     @property
     def refit_images(self) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from mixerzoo.checkpoint import remove_checkpoint
 from mixerzoo.data import image_batches
-from mixerzoo.files import read_json, write_json
+from mixerzoo.files import json_hash, read_json, write_json
 from mixerzoo.finetune import finetune
 from mixerzoo.hosts import assemble
 from mixerzoo.plan import Plan
@@ -114,11 +114,12 @@ def _finalists(
 ) -> tuple[list[PlanResult], list[PlanResult]]:
     """Return the plans of lowest loss that meet the limit in a second, longer measurement, and those that miss it.
 
-    As many as are still wanted are measured at once, each once for a number of results and a limit, so that a resumed
+    As many as are still wanted are measured at once, each once for the same results and limit, so that a resumed
     search takes the same.
     """
     stored: dict[str, dict[str, list[dict[str, Any]]]] = context.run.load("finalists") or {}
-    found = stored.setdefault(f"{len(results)} {limit_ms:.6g}", {"meet": [], "miss": []})
+    asked = json_hash([[limit_ms], *([r.plan.key, r.latency_ms, r.loss] for r in results)])[:16]
+    found = stored.setdefault(asked, {"meet": [], "miss": []})
     ranked = sorted((r for r in results if r.latency_ms <= limit_ms), key=lambda r: r.loss)
     evaluator = context.evaluator
     with context.reporter.phase("the best plans, measured again", REFITTED) as report:
@@ -160,7 +161,8 @@ def _refitted(context: Context, results: Sequence[PlanResult]) -> list[Finalist]
                 _save(context, folders[plan], finalist)
                 found[plan] = finalist
                 report(number)
-    return [finalist for finalist in found.values() if finalist is not None]
+    # Their latency is that of the last measurement, also where they were refitted before it.
+    return [_timed(f, r.latency_ms) for r in results if (f := found[r.plan]) is not None]
 
 
 def _refits(context: Context, folders: Mapping[Plan, Path]) -> dict[Plan, nn.Module]:
@@ -242,7 +244,8 @@ def _finetuned(
     folder = context.run.path / "finalists" / name
     finished = _load(context, folder)
     if finished is not None:
-        return finished
+        remove_checkpoint(folder)  # a kill may have come before that
+        return _timed(finished, finalist.result.latency_ms)
     tuned, _ = finetune(
         context.teacher,
         finalist.student,
@@ -262,6 +265,10 @@ def _finetuned(
     _save(context, folder, finalist)
     remove_checkpoint(folder)
     return finalist
+
+
+def _timed(finalist: Finalist, latency_ms: float) -> Finalist:
+    return replace(finalist, result=replace(finalist.result, latency_ms=latency_ms))
 
 
 def _further(context: Context, student: nn.Module) -> torch.Tensor:

@@ -90,6 +90,23 @@ def test_a_killed_search_measures_only_what_it_had_not(context):
     assert context.measured == [r.plan.key for r in results[: REFITTED + 1]]
 
 
+def test_a_search_made_longer_measures_what_is_new(context):
+    first = [result(number) for number in range(1, 5)]
+    assert finalists(context, first)[0] == [1.0, 2.0, 3.0, 4.0]
+    better = [result(0.5), *first[:3]]  # as many as before
+    assert finalists(context, better)[0] == [0.5, 1.0, 2.0, 3.0]
+
+
+def test_what_was_refitted_before_has_the_latency_of_the_last_measurement(tmp_path, monkeypatch):
+    stored = finishing.Finalist(
+        result=result(1, ms=4.0), student="refitted", losses=torch.zeros(2), further=torch.empty(0)
+    )
+    monkeypatch.setattr(finishing, "_load", lambda *_: stored)
+    context = SimpleNamespace(run=RunDirectory(tmp_path))
+    (found,) = finishing._refitted(context, [result(1, ms=4.3)])
+    assert (found.result.latency_ms, found.student) == (4.3, "refitted")
+
+
 def test_what_was_over_the_limit_before_is_not_measured(context):
     assert finalists(context, [result(0, ms=5.1), result(1, ms=6.0)]) == ([], [])
     assert context.measured == []
