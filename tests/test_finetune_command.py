@@ -124,6 +124,12 @@ def test_a_student_is_better_for_it_and_the_one_given_is_left_alone(here):
     assert f"{result['test']['after']['loss']:.4g}" in card
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_result_says_what_was_computed_in(here, dtype):
+    assert run("run/mine", "--steps", "2", "--dtype", dtype).exit_code == 0
+    assert written(here / "run" / "mine-finetuned")["environment"]["dtype"] == dtype
+
+
 def test_images_decide_that_no_state_was_chosen_on(here, monkeypatch):
     monkeypatch.setattr(image_parts, "FINAL_IMAGES", 2)
     assert run("run/mine", "--steps", "5").exit_code == 0

@@ -200,22 +200,12 @@ def _trained(
     folder: TuningFolder,
     curves: Curves,
 ) -> Tuned:
-    recipe = Recipe(
-        steps=settings.steps,
-        seconds=None if settings.minutes is None else 60 * settings.minutes,
-        lr=settings.lr,
-        batch_size=settings.batch_size,
-        label_weight=settings.labels,
-        seed=settings.seed,
-        device=settings.device,
-        dtype=None if settings.dtype is None else getattr(torch, settings.dtype),
-    )
     with context.reporter.phase("distillation as a whole, percent", 100) as report:
         tuned = train(
             context.teacher,
             student.model,
             images,
-            recipe,
+            _recipe(settings),
             evaluate=held_out(context, settings.device),
             labels=labels,
             checkpoint=folder.path,
@@ -227,12 +217,29 @@ def _trained(
     return tuned
 
 
+def _recipe(settings: FinetuneSettings) -> Recipe:
+    return Recipe(
+        steps=settings.steps,
+        seconds=None if settings.minutes is None else 60 * settings.minutes,
+        lr=settings.lr,
+        batch_size=settings.batch_size,
+        label_weight=settings.labels,
+        seed=settings.seed,
+        device=settings.device,
+        dtype=None if settings.dtype is None else getattr(torch, settings.dtype),
+    )
+
+
 def _result(
     found: Improved, tuned: Tuned, settings: FinetuneSettings, images: int, params: int
 ) -> dict[str, Any]:
     """Return the content of `result.json`."""
+    computed = _recipe(settings).autocast or torch.float32
     conditions = Conditions(
-        threads=torch.get_num_threads(), batch_size=settings.batch_size, device=settings.device
+        threads=torch.get_num_threads(),
+        batch_size=settings.batch_size,
+        device=settings.device,
+        dtype=str(computed).removeprefix("torch."),
     )
     return {
         **found.figures(),
