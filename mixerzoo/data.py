@@ -21,6 +21,7 @@ from PIL import Image
 
 from mixerzoo.compat import guard_torchvision
 from mixerzoo.errors import MixerzooError
+from mixerzoo.images import eight_bit
 
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -64,7 +65,7 @@ class Dataset:
     Attributes:
         name: as the user said it.
         fingerprint: hash of the images and labels; part of every library key.
-        image: index to PIL image.
+        image: index to PIL image, of any mode.
         labels: (n,) int64, or None.
         splits: which images serve what.
         classes: names of the labels, where known.
@@ -98,7 +99,10 @@ class DatasetSpec:
 
 
 def load_images(data: Dataset, indices: Sequence[int], config: ImageConfig) -> torch.Tensor:
-    """Return images (B, C, H, W) float32, resized, cropped and normalised as `config` says."""
+    """Return images (B, C, H, W) float32, resized, cropped and normalised as `config` says.
+
+    Deep grey, such as a PNG of 16 bits, is scaled to 8 bits before.
+    """
     guard_torchvision()
     from timm.data import create_transform
 
@@ -113,7 +117,7 @@ def load_images(data: Dataset, indices: Sequence[int], config: ImageConfig) -> t
     mode = "L" if config.size[0] == 1 else "RGB"
     batch = torch.empty(len(indices), *config.size)
     for row, index in enumerate(indices):
-        batch[row] = transform(data.image(index).convert(mode))
+        batch[row] = transform(eight_bit(data.image(index)).convert(mode))
     return batch
 
 
@@ -198,7 +202,7 @@ def open_folder(source: str) -> Dataset:
     for path in found:
         try:
             content = path.read_bytes()
-            Image.open(io.BytesIO(content)).convert("RGB")
+            eight_bit(Image.open(io.BytesIO(content))).convert("RGB")
         except Exception:  # PIL raises a different type for every way a file can be broken
             skipped.append(str(path.relative_to(root)))
             continue

@@ -161,6 +161,20 @@ def test_files_that_may_not_be_read_are_skipped_too(tmp_path, monkeypatch):
     assert open_data(source).skipped == ("003.png",)
 
 
+def test_deep_grey_is_scaled_as_predict_does(tmp_path):
+    grey = np.asarray(picture(mode="L", size=(16, 16)))
+    source = fill(tmp_path, 24)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "x16.png")
+    Image.fromarray(grey.astype(np.int32) * 257).save(tmp_path / "x32.tiff")
+    Image.fromarray(grey.astype(np.float32) / 255).save(tmp_path / "xf.tiff")
+    Image.fromarray(np.full((16, 16), np.nan, dtype=np.float32)).save(tmp_path / "xnan.tiff")
+    data = open_data(source)
+    assert data.skipped == ("xnan.tiff",)
+    (expected,) = load_images(data_of([Image.fromarray(grey)]), [0], GREY)
+    for prepared in load_images(data, [24, 25, 26], GREY):
+        torch.testing.assert_close(prepared, expected, atol=0.02, rtol=0)
+
+
 def test_no_image_left(tmp_path):
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(b"x")

@@ -18,7 +18,7 @@ from mixerzoo.classes import class_names
 from mixerzoo.cli import main
 from mixerzoo.export.onnx import PACKAGES
 from mixerzoo.export.run import export_student
-from mixerzoo.predict.images import open_image
+from mixerzoo.images import open_image
 from mixerzoo.predict.predictor import open_predictor
 from mixerzoo.predict.predictor import predict as predict_images
 from mixerzoo.registry import temporary_plugin

@@ -19,7 +19,7 @@ from mixerzoo.export.onnx import RUNTIME_ONLY, onnx_call, onnx_packages, open_se
 from mixerzoo.export.preprocess import Preprocess
 from mixerzoo.files import read_json
 from mixerzoo.hosts import Host
-from mixerzoo.predict.images import open_image
+from mixerzoo.images import open_image
 from mixerzoo.registry import get_registry
 from mixerzoo.student import image_config, load_student
 from mixerzoo.student_source import find_student

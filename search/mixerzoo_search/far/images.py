@@ -14,6 +14,7 @@ import torch
 from mixerzoo.compat import guard_torchvision
 from mixerzoo.data import Dataset, ImageConfig, load_images, load_labels
 from mixerzoo.hosts import Teacher
+from mixerzoo.images import eight_bit
 
 SMOOTHING = 0.1
 # DeiT's, which FAR trains with.
@@ -92,7 +93,7 @@ def _deit(config: ImageConfig) -> Callable[[Any], torch.Tensor]:
     grey = config.size[0] == 1
 
     def prepare(image: Any) -> torch.Tensor:
-        image = colours(geometry(image.convert("RGB")))  # RandAugment takes colour images only
+        image = colours(geometry(eight_bit(image).convert("RGB")))  # RandAugment takes colour images only
         prepared: torch.Tensor = last(image.convert("L") if grey else image)
         return prepared
 
