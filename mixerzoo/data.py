@@ -155,7 +155,10 @@ def open_digits(source: str = "digits") -> Dataset:
 
 
 def open_npz(source: str) -> Dataset:
-    """An .npz with images `x`, uint8 (n, H, W) or (n, H, W, 3), and optionally integer labels `y` (n,)."""
+    """An .npz with images `x`, uint8 (n, H, W) or (n, H, W, 3), and optionally labels `y` (n,), integers from 0 on.
+
+    Its classes have no names.
+    """
     path = Path(source)
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
@@ -173,6 +176,10 @@ def open_npz(source: str) -> Dataset:
     _demand_enough(source, len(x))
     if y is not None and (y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer)):
         raise MixerzooError(f"data '{source}': y is {y.dtype} {y.shape}; give one integer label an image")
+    if y is not None and y.min() < 0:
+        raise MixerzooError(
+            f"data '{source}': y has the label {y.min()}; labels count from 0, and y is left out where there are none"
+        )
     labels = None if y is None else torch.from_numpy(y.astype(np.int64))
     return Dataset(
         name=source,
@@ -180,7 +187,6 @@ def open_npz(source: str) -> Dataset:
         image=lambda index: Image.fromarray(x[index]),
         labels=labels,
         splits=shuffled_splits(len(x)),
-        classes=() if labels is None else tuple(str(c) for c in range(int(labels.max()) + 1)),
     )
 
 

@@ -1,13 +1,16 @@
 """Images and labels: what is opened, what is refused and how, and that images are prepared as timm does."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 
 from mixerzoo import hookimpl
+from mixerzoo.classes import fitting_labels
 from mixerzoo.compat import guard_torchvision
 from mixerzoo.data import (
     Dataset,
@@ -238,10 +241,9 @@ def test_archives(tmp_path, shape, labelled):
     if labelled:
         assert data.labels.tolist() == content["y"].tolist()
         assert data.labels.dtype == torch.int64
-        assert data.classes == ("0", "1", "2", "3")
     else:
         assert data.labels is None
-        assert data.classes == ()
+    assert data.classes == ()  # which a number does not name
 
 
 def test_labels_are_part_of_the_fingerprint(tmp_path):
@@ -264,6 +266,7 @@ def test_labels_are_part_of_the_fingerprint(tmp_path):
         (arrays() | {"y": np.arange(23)}, r"y is int64 \(23,\); give one integer label an image"),
         (arrays() | {"y": np.zeros(24)}, r"y is float64 \(24,\); give one integer label"),
         (arrays() | {"y": np.zeros((24, 10), int)}, r"y is int64 \(24, 10\); give one integer label"),
+        (arrays() | {"y": np.full(24, -1)}, "y has the label -1; labels count from 0"),
         ({"x": np.array([{"a": 1}] * 24, dtype=object)}, "not a readable .npz file .*allow_pickle=False"),
         (arrays() | {"y": np.array([[]] * 24, dtype=object)}, "allow_pickle=False|y is object"),
     ],
@@ -308,6 +311,30 @@ def test_archives_that_are_none(tmp_path, kind):
         )
     with pytest.raises(MixerzooError, match=r"d\.npz': not a readable \.npz file"):
         open_data(str(path))
+
+
+# Labels that are the teacher's classes
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "fit"),
+    [
+        (range(10), (), True),
+        (range(9), (), True),  # the last class may be missing
+        ([0] * 9 + [10], (), False),
+        ([0] * 9 + [-1], (), False),
+        (range(10), "abcdefghij", True),
+        (range(9), "abcdefghi", False),
+        (None, (), False),
+    ],
+)
+def test_labels_are_taken_where_they_can_be_the_teacher_s_classes(labels, names, fit):
+    data = data_of([picture(seed) for seed in range(10)])
+    labels = None if labels is None else torch.tensor(list(labels))
+    data = replace(data, labels=labels, classes=tuple(names))
+    found = fitting_labels(tiny.tiny_teacher(), data, [3, 0])
+    assert found is None if not fit else torch.equal(found, labels[[3, 0]])
+    assert fitting_labels(tiny.tiny_teacher(num_classes=0), data, [3, 0]) is None
 
 
 # Preparation

@@ -43,6 +43,8 @@ from mixerzoo.predict.predictor import _prepared
 from mixerzoo.registry import temporary_plugin
 from mixerzoo.student import load_student, read_plan, save_student
 
+NAMES = [f"kind {number}" for number in range(10)]  # of the classes, as the run has them
+
 
 class Another(nn.Module):
     """Computes something else where it is exported."""
@@ -81,7 +83,7 @@ def _tiny_world():
 def here(tmp_path, monkeypatch):
     """A folder with data and a run in it."""
     monkeypatch.chdir(tmp_path)
-    tiny_run.write_run("run")
+    write_named_run()
     return tmp_path
 
 
@@ -93,10 +95,15 @@ def onnx(tmp_path_factory):
     folder = tmp_path_factory.mktemp("onnx")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        tiny_run.write_run("run")
+        write_named_run()
         result = run("run", "--format", "onnx", "--threads", "1")
     assert result.exit_code == 0, (result.stderr, result.exception)
     return folder, result
+
+
+def write_named_run():
+    tiny_run.write_run("run")
+    tiny_run.change("run/run.json", classes=NAMES)
 
 
 def run(*words):
@@ -153,7 +160,7 @@ def test_what_serving_takes_is_beside_the_file_and_in_it(onnx):
         "mean": [0.5],
         "std": [0.5],
     }
-    assert about["classes"] == [str(number) for number in range(10)]
+    assert about["classes"] == NAMES
     assert about["plan"] == read_json(folder / "run" / "best" / "plan.json")["plan"]
     session, _ = served(folder, tiny.tiny_images(1))
     inside = session.get_modelmeta().custom_metadata_map
@@ -232,10 +239,22 @@ def test_one_file_holds_weights_and_plan(here):
         assert torch.equal(mixerzoo.load("student.safetensors")(images), mixerzoo.load("run")(images))
     content = read_plan(Path("student.safetensors"))
     assert content["plan"] == read_json(here / "run" / "best" / "plan.json")["plan"]
-    assert content["classes"] == [str(number) for number in range(10)]
+    assert content["classes"] == NAMES
     with safe_open("student.safetensors", framework="pt") as file:
         assert set(file.keys()) == set(mixerzoo.load("run").state_dict())
     assert {path.name for path in here.iterdir()} == {"data.npz", "run", "student.safetensors"}
+
+
+def test_data_to_compare_on_name_no_classes(here):
+    for number, image in enumerate(real_images(40)):
+        folder = here / "other" / f"other {number % 10}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{number}.png")
+    quick("run", "--format", "torch-export", "--data", "other", "--images", "4")
+    assert read_json(here / "run" / "export" / "model.pt2.json")["classes"] == NAMES
+    (here / "run" / "best").rename("alone")  # the run is not known, and so are the names
+    quick("alone", "--format", "torch-export", "--data", "other", "--images", "4", "--out", "alone.pt2")
+    assert read_json(here / "alone.pt2.json")["classes"] == []
 
 
 def test_one_file_may_be_exported_again(here):

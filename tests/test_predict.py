@@ -198,10 +198,24 @@ def test_class_folders_name_the_classes(here):
     (row,) = told("zoo", "L.png", "--top", "10")["images"]
     assert {guess["class"] for guess in row["classes"]} == {f"animal {number}" for number in range(10)}
     assert all(guess["class"] == f"animal {guess['index']}" for guess in row["classes"])
+    expected = tuple(f"animal {number}" for number in range(10))
+    for number in range(10):  # something else is there now, and then nothing
+        (here / "animals" / f"animal {number}").rename(here / "animals" / f"plant {number}")
+    assert class_names(find_student(here / "zoo"), mixerzoo.load("zoo")) == expected
     shutil.rmtree(here / "animals")
-    assert class_names(find_student(here / "zoo"), mixerzoo.load("zoo")) == ()
-    (row,) = told("zoo", "L.png", "--top", "1")["images"]  # by number then
+    assert class_names(find_student(here / "zoo"), mixerzoo.load("zoo")) == expected
+    shutil.copytree("zoo/best", "alone")  # whose run is not known: by number
+    (row,) = told("alone", "L.png", "--top", "1")["images"]
     assert row["classes"][0]["class"] == str(row["classes"][0]["index"])
+
+
+def test_a_checkpoint_of_one_s_own_has_other_classes_than_the_weights_of_that_name(here):
+    tiny_run.write_run("digits", model="digits_vit", data="digits", choices={"blocks.0.attn": "pool@1"})
+    student = mixerzoo.load("digits")
+    tiny_run.change("digits/run.json", identity={"checkpoint": "mine.safetensors"}, classes=[])
+    assert class_names(find_student(here / "digits"), student) == ()
+    tiny_run.change("digits/run.json", classes=list("abcdefghij"))
+    assert class_names(find_student(here / "digits"), student) == tuple("abcdefghij")
 
 
 def test_digits_are_named_without_their_run(here):

@@ -112,7 +112,7 @@ def export_student(
     if form.traced:
         _demand_exportable(source, form)
     dataset = _open_data(source, data)
-    bundle = _bundle(source, student, blank, dataset)
+    bundle = _bundle(source, student, blank)
     with workshop_of(target) as workshop:
         made = workshop / target.name
         _write(form, bundle, made, source)
@@ -173,12 +173,12 @@ def _open_data(source: Source, data: str | None) -> Dataset:
     return open_data(data)
 
 
-def _bundle(source: Source, student: nn.Module, blank: nn.Module | None, data: Dataset) -> Bundle:
+def _bundle(source: Source, student: nn.Module, blank: nn.Module | None) -> Bundle:
     host: Host = get_registry().hosts.get(str(source.content["host"]))
     image = image_config(source.content)
     with torch.inference_mode():
         outputs = student(torch.zeros(1, *image.size))
-    classes = class_names(source, student, data)
+    classes = class_names(source, student)
     checkpoint = source.identity.get("checkpoint", "unknown")
     return Bundle(
         model=student,
