@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -191,13 +192,16 @@ def open_npz(source: str) -> Dataset:
 
 
 def open_folder(source: str) -> Dataset:
-    """A folder of images, flat (no labels) or with one folder a class. Unreadable images are skipped and named."""
+    """A folder of images, flat (no labels) or with one folder a class. Unreadable images are skipped and named.
+
+    Links are followed, also those to folders.
+    """
     root = Path(source)
     if not root.is_dir():
         raise MixerzooError(
             f"data '{source}': no such folder; give a folder of images, an .npz file or 'digits'"
         )
-    found = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    found = sorted(path for path in _files_below(root) if path.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
         raise MixerzooError(
             f"data '{source}': no image in it (looked for {', '.join(sorted(IMAGE_SUFFIXES))})"
@@ -210,10 +214,10 @@ def open_folder(source: str) -> Dataset:
             content = path.read_bytes()
             eight_bit(Image.open(io.BytesIO(content))).convert("RGB")
         except Exception:  # PIL raises a different type for every way a file can be broken
-            skipped.append(str(path.relative_to(root)))
+            skipped.append(_readable(path.relative_to(root)))
             continue
         paths.append(path)
-        hasher.update(str(path.relative_to(root)).encode() + b"\0" + hashlib.sha256(content).digest())
+        hasher.update(os.fsencode(path.relative_to(root)) + b"\0" + hashlib.sha256(content).digest())
     if not paths:
         raise MixerzooError(
             f"data '{source}': none of its {len(found)} images can be read (first: {skipped[0]})"
@@ -221,15 +225,15 @@ def open_folder(source: str) -> Dataset:
     _demand_enough(source, len(paths))
     # Class folders are labels only where every image is in one: a mixture is taken as unlabelled.
     parents = [path.relative_to(root).parts[:-1] for path in paths]
-    classes = tuple(sorted({parts[0] for parts in parents})) if all(parents) else ()
-    labels = torch.tensor([classes.index(parts[0]) for parts in parents]) if len(classes) > 1 else None
+    folders = sorted({parts[0] for parts in parents}) if all(parents) else []
+    labels = torch.tensor([folders.index(parts[0]) for parts in parents]) if len(folders) > 1 else None
     return Dataset(
         name=source,
         fingerprint=hasher.hexdigest(),
         image=lambda index: Image.open(paths[index]),
         labels=labels,
         splits=shuffled_splits(len(paths)),
-        classes=classes if labels is not None else (),
+        classes=() if labels is None else tuple(map(_readable, folders)),
         skipped=tuple(skipped),
     )
 
@@ -274,6 +278,27 @@ class _ImageBatches:
     def __iter__(self) -> Iterator[torch.Tensor]:
         for first in range(0, len(self.indices), self.batch_size):
             yield load_images(self.data, self.indices[first : first + self.batch_size], self.config)
+
+
+def _files_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Yield the files below a folder. A link to a folder that it is in is not followed: that would never end."""
+    here = os.path.realpath(folder)
+    if here in above:
+        return
+    try:
+        inner = list(folder.iterdir())
+    except OSError:  # it may not be read
+        return
+    for path in inner:
+        if os.path.isdir(path):
+            yield from _files_below(path, above | {here})
+        elif os.path.isfile(path):
+            yield path
+
+
+def _readable(name: str | Path) -> str:
+    """Return a name that can be printed: what is not UTF-8 in it is replaced."""
+    return os.fsencode(name).decode(errors="replace")
 
 
 def _demand_enough(source: str, count: int) -> None:

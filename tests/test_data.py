@@ -1,5 +1,7 @@
 """Images and labels: what is opened, what is refused and how, and that images are prepared as timm does."""
 
+import hashlib
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -162,6 +164,49 @@ def test_files_that_may_not_be_read_are_skipped_too(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
     assert open_data(source).skipped == ("003.png",)
+
+
+def test_links_are_followed_and_never_end_in_themselves(tmp_path):
+    fill(tmp_path / "elsewhere", 12)
+    fill(tmp_path / "plain" / "cat", 12)
+    fill(tmp_path / "plain" / "dog", 12, first=12)
+    linked = tmp_path / "linked"
+    fill(linked / "dog", 12, first=12)
+    (linked / "cat").symlink_to(tmp_path / "elsewhere")
+    data = open_data(str(linked))
+    assert (data.classes, data.labels.tolist()) == (("cat", "dog"), [0] * 12 + [1] * 12)
+    assert data.fingerprint == open_data(str(tmp_path / "plain")).fingerprint
+    (linked / "dog" / "up").symlink_to(linked)
+    (tmp_path / "elsewhere" / "other").symlink_to(linked / "dog")
+    (linked / "dog" / "other").symlink_to(tmp_path / "elsewhere")
+    (linked / "dog" / "nowhere.png").symlink_to(tmp_path / "nowhere.png")
+    assert open_data(str(linked)).skipped == ()
+
+
+def test_names_that_are_not_utf8_are_names_too(tmp_path):
+    for number in range(24):
+        folder = os.fsencode(tmp_path) + (b"/caf\xe9" if number % 2 else b"/bar")
+        os.makedirs(folder, exist_ok=True)
+        picture(number).save(os.fsdecode(folder + b"/%02d\xff.png" % number))
+    with open(folder + b"/\xfe.png", "wb"):
+        pass
+    data = open_data(str(tmp_path))
+    assert data.classes == ("bar", "caf\N{REPLACEMENT CHARACTER}")
+    assert data.labels.tolist() == [0] * 12 + [1] * 12
+    assert data.skipped == ("caf\N{REPLACEMENT CHARACTER}/\N{REPLACEMENT CHARACTER}.png",)
+
+
+def test_the_fingerprint_of_a_folder_stays_what_it_was(tmp_path):
+    for name in ("b/\N{LATIN SMALL LETTER E WITH ACUTE}", "a", "b c/d", "b/a"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture(len(name)).save(tmp_path / f"{name}.ppm")
+    source = fill(tmp_path, 24, first=10, suffix="ppm")
+    paths = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    hasher = hashlib.sha256()
+    for path in paths:
+        hasher.update(str(path.relative_to(tmp_path)).encode() + b"\0")
+        hasher.update(hashlib.sha256(path.read_bytes()).digest())
+    assert open_data(source).fingerprint == hasher.hexdigest()
 
 
 def test_deep_grey_is_scaled_as_predict_does(tmp_path):
