@@ -172,6 +172,11 @@ def test_data_without_a_picture(search, here, place, data, text):
             ["does not fit model 'digits_vit'", "'blocks.5.attn.proj.bias' is missing"],
         ),
         ("test_vit", "short.st", ["does not fit model 'test_vit'", "'"]),
+        (
+            "test_vit.r160_in1l",
+            "short.st",
+            ["model 'test_vit.r160_in1l'", "Invalid pretrained tag", "the dot"],
+        ),
         ("digits_vit", "nowhere.st", ["no such file"]),
         ("digits_vit", "words.st", ["not a safetensors file"]),
         ("test_resnet", "resnet.st", ["model 'test_resnet'", "no site"]),
@@ -336,7 +341,7 @@ def test_mixers_lists_what_is_broken_below_the_table():
     before = list(registry.broken)
 
     def missing():
-        raise ImportError("no module named 'gone'")
+        raise ImportError("no module named 'gone'; pip install 'bad[onnx]'")
 
     try:
         registry.load(
@@ -350,7 +355,9 @@ def test_mixers_lists_what_is_broken_below_the_table():
     for spec in registry.mixers:
         assert f"\n  {spec.name} " in table
     assert "mixerzoo 0.1.0" in table
-    assert below.startswith(" 'bad' of mixerzoo-bad 3.2: ImportError: no module named 'gone'")
+    assert below.startswith(
+        " 'bad' of mixerzoo-bad 3.2: ImportError: no module named 'gone'; pip install 'bad[onnx]'"
+    )
     assert below.count("\n") == 1
 
 

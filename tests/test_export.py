@@ -488,6 +488,23 @@ def test_a_mixer_of_one_batch_size_is_refused(here):
     assert tiny_run.files(here) == before
 
 
+def test_a_file_that_its_runtime_does_not_open_is_refused(here, monkeypatch):
+    for package in PACKAGES:
+        pytest.importorskip(package, reason="needs the extra onnx")
+
+    def lacks(*_args):
+        raise RuntimeError("NOT_IMPLEMENTED : Could not find an implementation for STFT(17)\nnode")
+
+    before = tiny_run.files(here)
+    monkeypatch.setattr("mixerzoo.export.formats.open_session", lacks)
+    refused(
+        run("run", "--format", "onnx"),
+        "'run' as onnx does not open under onnxruntime (RuntimeError: NOT_IMPLEMENTED",
+        "--format safetensors or hub takes it",
+    )
+    assert tiny_run.files(here) == before
+
+
 def test_a_stop_leaves_nothing(here, monkeypatch):
     def stopped(*_args, **_kwargs):
         raise KeyboardInterrupt

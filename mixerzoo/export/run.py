@@ -198,11 +198,14 @@ def _write(form: Format, bundle: Bundle, made: Path, source: Source) -> None:
     except (MixerzooError, OSError):
         raise
     except Exception as error:  # exporters raise types of their own
-        others = [name for name, other in FORMATS.items() if not other.traced]
         raise MixerzooError(
-            f"'{source.given}' cannot be exported as {form.name} ({reason(error)}); "
-            f"--format {' or '.join(others)} takes it"
+            f"'{source.given}' cannot be exported as {form.name} ({reason(error)}); {_way_out()}"
         ) from error
+
+
+def _way_out() -> str:
+    others = [name for name, other in FORMATS.items() if not other.traced]
+    return f"--format {' or '.join(others)} takes it"
 
 
 def _compare(
@@ -217,10 +220,18 @@ def _compare(
 ) -> Parity:
     what = f"'{source.given}' as {form.name}"
     try:
+        opened = form.open(bundle, made, torch.get_num_threads())
+    except MixerzooError:
+        raise
+    except Exception as error:  # runtimes raise types of their own, such as for an operator that they lack
+        raise MixerzooError(
+            f"{what} does not open under {form.runtime} ({reason(error)}); nothing was written; {_way_out()}"
+        ) from error
+    try:
         with reporter.phase("comparison with the student", images) as report:
             parity = compare_outputs(
                 bundle.model,
-                form.open(bundle, made, torch.get_num_threads()),
+                opened,
                 data,
                 bundle.image,
                 images=images,

@@ -396,10 +396,10 @@ def _load_checkpoint(name: str, checkpoint: Path) -> nn.Module:
         model = digits_vit.build()
     else:
         kwargs: dict[str, Any] = {"num_classes": len(state["head.weight"]) if "head.weight" in state else 0}
-        size = _image_size(name, state)
+        size = _image_size(name, state, checkpoint)
         if size is not None:
             kwargs["img_size"] = size
-        model = _timm().create_model(name, pretrained=False, **kwargs)
+        model = _untrained(name, checkpoint, **kwargs)
     expected = model.state_dict()
     for key in sorted(expected.keys() | state.keys()):
         if key not in state:
@@ -419,12 +419,24 @@ def _load_checkpoint(name: str, checkpoint: Path) -> nn.Module:
     return model
 
 
-def _image_size(name: str, state: Mapping[str, torch.Tensor]) -> tuple[int, int] | None:
+def _untrained(name: str, checkpoint: Path, **kwargs: Any) -> nn.Module:
+    """Build timm's model for the weights of a file."""
+    try:
+        model: nn.Module = _timm().create_model(name, pretrained=False, **kwargs)
+    except Exception as error:  # timm raises another type for every argument that a model does not take
+        raise MixerzooError(
+            f"model '{name}': cannot be built for checkpoint '{checkpoint}' ({' '.join(str(error).split())[:200]}); "
+            "give the name of the model that its weights are of, without what follows the dot"
+        ) from None
+    return model
+
+
+def _image_size(name: str, state: Mapping[str, torch.Tensor], checkpoint: Path) -> tuple[int, int] | None:
     """Return the square image size that the position embedding belongs to, where timm's model can be built so."""
     positions = state.get("pos_embed")
     if positions is None or positions.ndim != 3:
         return None
-    reference = _timm().create_model(name, pretrained=False)
+    reference: Any = _untrained(name, checkpoint)
     if "pos_embed" not in reference.state_dict() or not hasattr(reference, "patch_embed"):
         return None
     extra = reference.pos_embed.shape[1] - reference.patch_embed.num_patches
