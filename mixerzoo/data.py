@@ -41,6 +41,8 @@ class ImageConfig:
         std: per channel, divided by.
         interpolation: timm's name of the resampling filter.
         crop_pct: share of the resized image that the centre crop keeps.
+        crop_mode: timm's name of how the image is resized before: `center` covers the crop and keeps proportions,
+            `squash` scales each side on its own.
     """
 
     size: tuple[int, int, int]
@@ -48,6 +50,7 @@ class ImageConfig:
     std: tuple[float, ...]
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
+    crop_mode: str = "center"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +117,7 @@ def load_images(data: Dataset, indices: Sequence[int], config: ImageConfig) -> t
         mean=config.mean,
         std=config.std,
         crop_pct=config.crop_pct,
+        crop_mode=config.crop_mode,
     )
     mode = "L" if config.size[0] == 1 else "RGB"
     batch = torch.empty(len(indices), *config.size)

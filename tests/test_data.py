@@ -31,6 +31,8 @@ from mixerzoo.registry import temporary_plugin
 GREY = ImageConfig(size=(1, 16, 16), mean=(0.5,), std=(0.25,), interpolation="bilinear")
 COLOUR = ImageConfig(size=(3, 16, 16), mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3), interpolation="bicubic")
 
+SQUASHED = replace(COLOUR, crop_mode="squash")
+
 
 def picture(seed=0, *, mode="RGB", size=(20, 20)):
     noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
@@ -441,7 +443,7 @@ def test_the_crop_is_of_the_larger_image():
     assert not torch.equal(prepared, load_images(data_of([image]), [0], GREY)[0])
 
 
-@pytest.mark.parametrize("config", [GREY, COLOUR], ids=["grey", "colour"])
+@pytest.mark.parametrize("config", [GREY, COLOUR, SQUASHED], ids=["grey", "colour", "squashed"])
 def test_it_is_timm_s_own_transform(config):
     guard_torchvision()
     from timm.data import create_transform
@@ -453,11 +455,19 @@ def test_it_is_timm_s_own_transform(config):
         mean=config.mean,
         std=config.std,
         crop_pct=config.crop_pct,
+        crop_mode=config.crop_mode,
     )
     images = [picture(seed, size=(30 - seed, 12 + seed)) for seed in range(5)]
     mode = "L" if config.size[0] == 1 else "RGB"
     expected = torch.stack([transform(image.convert(mode)) for image in images])
     assert torch.equal(load_images(data_of(images), range(5), config), expected)
+
+
+def test_a_squashed_image_is_whole():
+    image = picture(size=(40, 20))
+    whole = image.resize((16, 16), Image.Resampling.BICUBIC)
+    prepared = load_images(data_of([image, whole]), [0, 1], SQUASHED)
+    torch.testing.assert_close(prepared[0], prepared[1], atol=1e-5, rtol=0)
 
 
 def test_batches_are_the_images_in_order():

@@ -153,6 +153,7 @@ def test_what_serving_takes_is_beside_the_file_and_in_it(onnx):
     about = read_json(export / "model.onnx.json")
     assert about["preprocess"] == {
         "mode": "L",
+        "crop_mode": "center",
         "resize": [16, 16],
         "interpolation": "bilinear",
         "crop": [16, 16],
@@ -596,6 +597,10 @@ CONFIGS = {
         size=(3, 24, 24), mean=(0.5,) * 3, std=(0.2,) * 3, interpolation="bilinear", crop_pct=0.9
     ),
     "oblong": ImageConfig(size=(3, 16, 24), mean=(0.5,) * 3, std=(0.2,) * 3, crop_pct=0.95),
+    "squashed": ImageConfig(size=(3, 24, 24), mean=(0.5,) * 3, std=(0.2,) * 3, crop_mode="squash"),
+    "squashed and cropped": ImageConfig(
+        size=(3, 16, 24), mean=(0.5,) * 3, std=(0.2,) * 3, crop_pct=0.9, crop_mode="squash"
+    ),
     "grey": ImageConfig(size=(1, 20, 20), mean=(0.5,), std=(0.25,), interpolation="nearest"),
 }
 
@@ -609,6 +614,23 @@ def test_pillow_and_numpy_prepare_images_as_timm_does(config, size):
     expected = _prepared([image], config)[0].numpy()
     np.testing.assert_allclose(steps(image), expected, atol=1e-5)
     assert Preprocess.from_json(json.loads(json.dumps(steps.to_json()))) == steps
+
+
+def test_crop_modes_that_pillow_and_numpy_do_not_prepare_are_refused(here):
+    image = read_json(here / "run" / "best" / "plan.json")["image"]
+    tiny_run.change("run/best/plan.json", image=image | {"crop_mode": "border"})
+    before = tiny_run.files(here)
+    refused(run("run", "--format", "torch-export"), "crop mode 'border'", "--format safetensors")
+    assert tiny_run.files(here) == before
+    quick("run", "--format", "safetensors", "--out", "student.safetensors")
+
+
+def test_what_was_written_without_a_crop_mode_is_center():
+    steps = Preprocess.of(CONFIGS["cropped"])
+    older = {name: value for name, value in steps.to_json().items() if name != "crop_mode"}
+    assert Preprocess.from_json(older) == steps
+    with pytest.raises(ValueError, match="crop mode border"):
+        Preprocess.from_json(older | {"crop_mode": "border"})
 
 
 def test_data_are_prepared_alike(here):

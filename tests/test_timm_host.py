@@ -394,6 +394,14 @@ def test_the_image_size_is_what_the_model_is_built_for():
     assert HOST.image_config(model).crop_pct == 0.9
 
 
+@pytest.mark.parametrize(("said", "mode"), [("squash", "squash"), (None, "center")])
+def test_images_are_resized_as_the_weights_were_trained(said, mode):
+    model = tiny.tiny_vit()
+    if said is not None:
+        model.pretrained_cfg["crop_mode"] = said
+    assert HOST.image_config(model).crop_mode == mode
+
+
 def test_the_fingerprint_is_of_every_weight():
     model = tiny.tiny_vit()
     seen = {fingerprint(model)}

@@ -106,6 +106,7 @@ class TimmVitHost:
             interpolation=config["interpolation"],
             # A student made for one size is timed and judged at it: nothing is cropped away at another one.
             crop_pct=config["crop_pct"] if (height, width) == tuple(config["input_size"][1:]) else 1.0,
+            crop_mode=config["crop_mode"],
         )
 
     def is_classifier(self, model: nn.Module) -> bool:
