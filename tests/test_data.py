@@ -85,13 +85,13 @@ def test_digits_are_digits():
         assert data.labels[index] == bunch.target[index]
 
 
-@pytest.mark.parametrize("count", [20, 21, 100, 1001])
+@pytest.mark.parametrize("count", [24, 25, 30, 100, 1001])
 def test_shuffled_splits_are_a_partition(count):
     splits = shuffled_splits(count)
     assert_partition(splits, count)
     sizes = [len(part) for part in parts(splits)]
     assert sizes == pytest.approx([0.6 * count, 0.15 * count, 0.25 * count], abs=1)
-    assert min(sizes) > 0
+    assert min(sizes) >= 4
     assert splits == shuffled_splits(count)
     assert list(splits.calibration) != sorted(splits.calibration)
 
@@ -128,35 +128,35 @@ def test_a_mixture_is_not_labelled(tmp_path):
 
 
 def test_one_class_is_no_class(tmp_path):
-    fill(tmp_path / "all", 20)
+    fill(tmp_path / "all", 24)
     data = open_data(str(tmp_path))
     assert data.labels is None
     assert data.classes == ()
 
 
 def test_other_files_are_passed_over(tmp_path):
-    fill(tmp_path, 20, suffix="JPG")
+    fill(tmp_path, 24, suffix="JPG")
     (tmp_path / "notes.txt").write_text("hello")
     (tmp_path / "folder.png").mkdir()
     data = open_data(str(tmp_path))
-    assert_partition(data.splits, 20)
+    assert_partition(data.splits, 24)
     assert data.skipped == ()
 
 
 def test_unreadable_images_are_skipped_and_named(tmp_path):
-    fill(tmp_path / "a", 20)
+    fill(tmp_path / "a", 24)
     whole = (tmp_path / "a" / "000.png").read_bytes()
     (tmp_path / "a" / "empty.png").write_bytes(b"")
     (tmp_path / "a" / "half.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.jpg").write_text("not an image")
     data = open_data(str(tmp_path))
     assert data.skipped == ("a/empty.png", "a/half.png", "text.jpg")
-    assert_partition(data.splits, 20)
-    assert load_images(data, range(20), GREY).isfinite().all()
+    assert_partition(data.splits, 24)
+    assert load_images(data, range(24), GREY).isfinite().all()
 
 
 def test_files_that_may_not_be_read_are_skipped_too(tmp_path, monkeypatch):
-    source = fill(tmp_path, 21)
+    source = fill(tmp_path, 25)
     read = Path.read_bytes
 
     def refuse(self):
@@ -243,12 +243,12 @@ def test_a_missing_folder(tmp_path):
 
 
 def test_too_few_images(tmp_path):
-    with pytest.raises(MixerzooError, match="19 readable images; at least 20 are needed"):
-        open_data(fill(tmp_path, 19))
+    with pytest.raises(MixerzooError, match="23 readable images; at least 24 are needed"):
+        open_data(fill(tmp_path, 23))
 
 
 def test_the_fingerprint_is_of_the_content_and_the_names(tmp_path):
-    source = fill(tmp_path / "data", 20)
+    source = fill(tmp_path / "data", 24)
     seen = [open_data(source).fingerprint]
     assert seen == [open_data(source).fingerprint]
     picture(77).save(tmp_path / "data" / "000.png")
@@ -309,7 +309,7 @@ def test_labels_are_part_of_the_fingerprint(tmp_path):
         ({"x": arrays()["x"].astype(np.float32)}, r"x is float32 \(24, 9, 11\); give uint8 images"),
         ({"x": arrays()["x"][0]}, r"x is uint8 \(9, 11\); give uint8 images"),
         ({"x": arrays(shape=(3, 9, 11))["x"]}, r"x is uint8 \(24, 3, 9, 11\); give uint8 images"),
-        ({"x": arrays(count=5)["x"]}, "5 readable images; at least 20 are needed"),
+        ({"x": arrays(count=5)["x"]}, "5 readable images; at least 24 are needed"),
         (arrays() | {"y": np.arange(23)}, r"y is int64 \(23,\); give one integer label an image"),
         (arrays() | {"y": np.zeros(24)}, r"y is float64 \(24,\); give one integer label"),
         (arrays() | {"y": np.zeros((24, 10), int)}, r"y is int64 \(24, 10\); give one integer label"),
@@ -502,11 +502,11 @@ class Plugin:
 
 def test_a_registered_kind_of_data_wins_over_the_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    fill(tmp_path / "stripes:3", 20)  # a folder of that name is there too
+    fill(tmp_path / "stripes:3", 24)  # a folder of that name is there too
     plugin = Plugin()
     with temporary_plugin(plugin):
         assert open_data("stripes:3").name == "test"
         assert plugin.opened == ["stripes:3"]
         assert open_data("digits").name == "digits"
-    assert len(open_data("stripes:3").splits.calibration) == 12
+    assert len(open_data("stripes:3").splits.calibration) == 14
     assert plugin.opened == ["stripes:3"]
