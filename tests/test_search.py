@@ -14,8 +14,7 @@ from torch import nn
 
 import mixerzoo
 from mixerzoo import Caps, MixerSpec, MixerzooError, hookimpl
-from mixerzoo.data import image_batches, load_labels
-from mixerzoo.data import MIN_IMAGES
+from mixerzoo.data import MIN_IMAGES, image_batches, load_labels
 from mixerzoo.errors import BudgetOutOfReachError
 from mixerzoo.hosts import Replacement, count_params
 from mixerzoo.latency import Stopwatch

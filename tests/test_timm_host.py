@@ -548,6 +548,31 @@ def test_a_timm_model_is_rebuilt_from_its_description(classes):
         torch.testing.assert_close(rebuilt(x), model(x))
 
 
+@pytest.fixture
+def grey():
+    return _timm().create_model(SMALL, num_classes=5, img_size=48, in_chans=1).eval()
+
+
+def test_a_model_for_grey_images_has_sites_and_is_rebuilt(grey, tmp_path):
+    assert grey.pretrained_cfg["input_size"][0] == 3
+    teacher = adopt_teacher(grey)
+    assert teacher.image.size == (1, 48, 48)
+    colour = HOST.image_config(_timm().create_model(SMALL))
+    for found, of in ((teacher.image.mean, colour.mean), (teacher.image.std, colour.std)):
+        assert found == pytest.approx([sum(of) / 3])
+    described = HOST.architecture(grey)
+    assert described["in_chans"] == 1
+    rebuilt = HOST.create(described)
+    rebuilt.load_state_dict(grey.state_dict())
+    save_file(grey.state_dict(), tmp_path / "grey.safetensors")
+    assert open_teacher(SMALL, tmp_path / "grey.safetensors").fingerprint == fingerprint(grey)
+
+
+def test_a_model_for_images_of_other_channels_is_refused():
+    with pytest.raises(MixerzooError, match=r"images of 4 channels: images have 1 \(grey\) or 3"):
+        adopt_teacher(_timm().create_model(SMALL, img_size=48, in_chans=4))
+
+
 def test_the_embedded_teacher_is_rebuilt_by_its_name():
     described = HOST.architecture(digits_vit.load())
     assert described == {"host": "timm", "model": "digits_vit"}
