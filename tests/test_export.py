@@ -42,6 +42,7 @@ from mixerzoo.opening import open_data
 from mixerzoo.predict.predictor import _prepared
 from mixerzoo.registry import temporary_plugin
 from mixerzoo.student import load_student, read_plan, save_student
+from mixerzoo.temporary import temporary_of
 
 NAMES = [f"kind {number}" for number in range(10)]  # of the classes, as the run has them
 
@@ -504,6 +505,28 @@ def test_a_file_that_its_runtime_does_not_open_is_refused(here, monkeypatch):
         "--format safetensors or hub takes it",
     )
     assert tiny_run.files(here) == before
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_in_nobodys_way(here):
+    target = Path("served") / "student.safetensors"
+    left = temporary_of(target)
+    left.mkdir(parents=True)
+    (left / target.name).write_text("half")
+    quick("run", "--format", "safetensors", "--out", str(target))
+    assert list(target.parent.iterdir()) == [target]
+    mixerzoo.load(target)
+
+
+def test_an_empty_folder_is_filled_also_where_one_stands(here, monkeypatch):
+    (here / "published").mkdir()
+    monkeypatch.chdir(here / "published")
+    found = quick("../run", "--format", "hub", "--out", ".", "--data", "../data.npz")
+    assert {path.name for path in Path().iterdir()} == {
+        "model.safetensors", "plan.json", "config.json", "README.md",
+    }  # fmt: skip
+    assert set(found["files_mib"]) == {str(path.resolve()) for path in Path().iterdir()}
+    assert {path.name for path in here.iterdir()} == {"data.npz", "run", "published"}
+    mixerzoo.load(".")
 
 
 def test_a_stop_leaves_nothing(here, monkeypatch):

@@ -280,6 +280,14 @@ def test_the_file_beside_it_is_what_counts(exported, here):
     refused(run("served.onnx", "L.png"), "'served.onnx.json'", "not what mixerzoo export writes")
 
 
+def test_an_exported_file_of_embeddings_is_told_what_to_do_with_it(exported, here):
+    about = json.loads((here / "served.onnx.json").read_text())
+    tiny_run.change("served.onnx.json", output=about["output"] | {"name": "embedding"})
+    refused(
+        run("served.onnx", "L.png"), "'served.onnx' gives embeddings, not classes; onnxruntime gives them"
+    )
+
+
 # Mistakes
 
 
