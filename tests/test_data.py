@@ -211,6 +211,13 @@ def test_the_fingerprint_of_a_folder_stays_what_it_was(tmp_path):
     assert open_data(source).fingerprint == hasher.hexdigest()
 
 
+@pytest.mark.parametrize("mode", ["LAB", "HSV", "YCbCr", "PA", "RGBX", "I", "F"])
+@pytest.mark.parametrize("config", [GREY, COLOUR], ids=["grey", "colour"])
+def test_any_mode_will_do(mode, config):
+    (prepared,) = load_images(data_of([Image.new(mode, (20, 20))]), [0], config)
+    assert prepared.isfinite().all()
+
+
 def test_deep_grey_is_scaled_as_predict_does(tmp_path):
     grey = np.asarray(picture(mode="L", size=(16, 16)))
     source = fill(tmp_path, 24)
