@@ -56,6 +56,7 @@ def main() -> None:
 def mixers(names: tuple[str, ...]) -> None:
     """List the mixers, and the plugins that could not be loaded; with NAMES, all about those mixers."""
     from rich.console import Console
+    from rich.text import Text
 
     from mixerzoo.listing import LEGEND, details, mixer_table
     from mixerzoo.registry import get_registry
@@ -71,11 +72,8 @@ def mixers(names: tuple[str, ...]) -> None:
     console.print(f"\n{LEGEND}", highlight=False)
     for broken in registry.broken:
         origin = broken.origin
-        console.print(
-            f"[red]broken[/red] plugin '{origin.plugin}' of {origin}: {broken.error}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        line = Text.assemble(("broken", "red"), f" plugin '{origin.plugin}' of {origin}: {broken.error}")
+        console.print(line, soft_wrap=True)
 
 
 @main.command()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,13 @@ from PIL import Image
 
 from mixerzoo.compat import guard_torchvision
 from mixerzoo.errors import MixerzooError
+from mixerzoo.images import eight_bit
 
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 )
 SPLIT_SEED = 0
-MIN_IMAGES = 20
+MIN_IMAGES = 24  # four to validate on, of which candidates, students and finalists take two at least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,8 @@ class ImageConfig:
         std: per channel, divided by.
         interpolation: timm's name of the resampling filter.
         crop_pct: share of the resized image that the centre crop keeps.
+        crop_mode: timm's name of how the image is resized before: `center` covers the crop and keeps proportions,
+            `squash` scales each side on its own.
     """
 
     size: tuple[int, int, int]
@@ -46,6 +50,7 @@ class ImageConfig:
     std: tuple[float, ...]
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
+    crop_mode: str = "center"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +69,7 @@ class Dataset:
     Attributes:
         name: as the user said it.
         fingerprint: hash of the images and labels; part of every library key.
-        image: index to PIL image.
+        image: index to PIL image, of any mode.
         labels: (n,) int64, or None.
         splits: which images serve what.
         classes: names of the labels, where known.
@@ -98,7 +103,10 @@ class DatasetSpec:
 
 
 def load_images(data: Dataset, indices: Sequence[int], config: ImageConfig) -> torch.Tensor:
-    """Return images (B, C, H, W) float32, resized, cropped and normalised as `config` says."""
+    """Return images (B, C, H, W) float32, resized, cropped and normalised as `config` says.
+
+    Deep grey, such as a PNG of 16 bits, is scaled to 8 bits before.
+    """
     guard_torchvision()
     from timm.data import create_transform
 
@@ -109,11 +117,12 @@ def load_images(data: Dataset, indices: Sequence[int], config: ImageConfig) -> t
         mean=config.mean,
         std=config.std,
         crop_pct=config.crop_pct,
+        crop_mode=config.crop_mode,
     )
     mode = "L" if config.size[0] == 1 else "RGB"
     batch = torch.empty(len(indices), *config.size)
     for row, index in enumerate(indices):
-        batch[row] = transform(data.image(index).convert(mode))
+        batch[row] = transform(eight_bit(data.image(index)).convert(mode))
     return batch
 
 
@@ -151,7 +160,10 @@ def open_digits(source: str = "digits") -> Dataset:
 
 
 def open_npz(source: str) -> Dataset:
-    """An .npz with images `x`, uint8 (n, H, W) or (n, H, W, 3), and optionally integer labels `y` (n,)."""
+    """An .npz with images `x`, uint8 (n, H, W) or (n, H, W, 3), and optionally labels `y` (n,), integers from 0 on.
+
+    Its classes have no names.
+    """
     path = Path(source)
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
@@ -169,6 +181,10 @@ def open_npz(source: str) -> Dataset:
     _demand_enough(source, len(x))
     if y is not None and (y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer)):
         raise MixerzooError(f"data '{source}': y is {y.dtype} {y.shape}; give one integer label an image")
+    if y is not None and y.min() < 0:
+        raise MixerzooError(
+            f"data '{source}': y has the label {y.min()}; labels count from 0, and y is left out where there are none"
+        )
     labels = None if y is None else torch.from_numpy(y.astype(np.int64))
     return Dataset(
         name=source,
@@ -176,18 +192,20 @@ def open_npz(source: str) -> Dataset:
         image=lambda index: Image.fromarray(x[index]),
         labels=labels,
         splits=shuffled_splits(len(x)),
-        classes=() if labels is None else tuple(str(c) for c in range(int(labels.max()) + 1)),
     )
 
 
 def open_folder(source: str) -> Dataset:
-    """A folder of images, flat (no labels) or with one folder a class. Unreadable images are skipped and named."""
+    """A folder of images, flat (no labels) or with one folder a class. Unreadable images are skipped and named.
+
+    Links are followed, also those to folders.
+    """
     root = Path(source)
     if not root.is_dir():
         raise MixerzooError(
             f"data '{source}': no such folder; give a folder of images, an .npz file or 'digits'"
         )
-    found = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    found = sorted(path for path in _files_below(root) if path.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
         raise MixerzooError(
             f"data '{source}': no image in it (looked for {', '.join(sorted(IMAGE_SUFFIXES))})"
@@ -198,12 +216,12 @@ def open_folder(source: str) -> Dataset:
     for path in found:
         try:
             content = path.read_bytes()
-            Image.open(io.BytesIO(content)).convert("RGB")
+            eight_bit(Image.open(io.BytesIO(content))).convert("RGB")
         except Exception:  # PIL raises a different type for every way a file can be broken
-            skipped.append(str(path.relative_to(root)))
+            skipped.append(_readable(path.relative_to(root)))
             continue
         paths.append(path)
-        hasher.update(str(path.relative_to(root)).encode() + b"\0" + hashlib.sha256(content).digest())
+        hasher.update(os.fsencode(path.relative_to(root)) + b"\0" + hashlib.sha256(content).digest())
     if not paths:
         raise MixerzooError(
             f"data '{source}': none of its {len(found)} images can be read (first: {skipped[0]})"
@@ -211,15 +229,15 @@ def open_folder(source: str) -> Dataset:
     _demand_enough(source, len(paths))
     # Class folders are labels only where every image is in one: a mixture is taken as unlabelled.
     parents = [path.relative_to(root).parts[:-1] for path in paths]
-    classes = tuple(sorted({parts[0] for parts in parents})) if all(parents) else ()
-    labels = torch.tensor([classes.index(parts[0]) for parts in parents]) if len(classes) > 1 else None
+    folders = sorted({parts[0] for parts in parents}) if all(parents) else []
+    labels = torch.tensor([folders.index(parts[0]) for parts in parents]) if len(folders) > 1 else None
     return Dataset(
         name=source,
         fingerprint=hasher.hexdigest(),
         image=lambda index: Image.open(paths[index]),
         labels=labels,
         splits=shuffled_splits(len(paths)),
-        classes=classes if labels is not None else (),
+        classes=() if labels is None else tuple(map(_readable, folders)),
         skipped=tuple(skipped),
     )
 
@@ -264,6 +282,27 @@ class _ImageBatches:
     def __iter__(self) -> Iterator[torch.Tensor]:
         for first in range(0, len(self.indices), self.batch_size):
             yield load_images(self.data, self.indices[first : first + self.batch_size], self.config)
+
+
+def _files_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Yield the files below a folder. A link to a folder that it is in is not followed: that would never end."""
+    here = os.path.realpath(folder)
+    if here in above:
+        return
+    try:
+        inner = list(folder.iterdir())
+    except OSError:  # it may not be read
+        return
+    for path in inner:
+        if os.path.isdir(path):
+            yield from _files_below(path, above | {here})
+        elif os.path.isfile(path):
+            yield path
+
+
+def _readable(name: str | Path) -> str:
+    """Return a name that can be printed: what is not UTF-8 in it is replaced."""
+    return os.fsencode(name).decode(errors="replace")
 
 
 def _demand_enough(source: str, count: int) -> None:

@@ -41,7 +41,7 @@ class Reporter:
     def note(self, text: str) -> None:
         """Print one line, unless silent."""
         if not self.silent:
-            self.console.print(text, highlight=False)
+            self.console.print(text, highlight=False, markup=False)
 
     @contextmanager
     def phase(self, name: str, total: float) -> Iterator[Bar]:
@@ -50,7 +50,7 @@ class Reporter:
             yield lambda done, total=None: None
             return
         with Progress(
-            TextColumn("{task.description:<34}"),
+            TextColumn("{task.description:<34}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

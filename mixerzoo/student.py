@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +70,7 @@ def save_student(folder: Path, student: Student, teacher: Teacher) -> None:
             "architecture": teacher.host.architecture(teacher.model),
             "host": teacher.host.name,
             "host_plugin": _host_plugin(teacher.host.name),
-            "image": {
-                "size": teacher.image.size,
-                "mean": teacher.image.mean,
-                "std": teacher.image.std,
-                "interpolation": teacher.image.interpolation,
-                "crop_pct": teacher.image.crop_pct,
-            },
+            "image": asdict(teacher.image),
             "plan": student.plan.to_json(),
             "sites": [site.to_json() for site in teacher.sites],
             "plugins": {mixer: str(registry.mixers.origin(mixer)) for mixer in sorted(used)},

@@ -172,6 +172,11 @@ def test_data_without_a_picture(search, here, place, data, text):
             ["does not fit model 'digits_vit'", "'blocks.5.attn.proj.bias' is missing"],
         ),
         ("test_vit", "short.st", ["does not fit model 'test_vit'", "'"]),
+        (
+            "test_vit.r160_in1l",
+            "short.st",
+            ["model 'test_vit.r160_in1l'", "Invalid pretrained tag", "the dot"],
+        ),
         ("digits_vit", "nowhere.st", ["no such file"]),
         ("digits_vit", "words.st", ["not a safetensors file"]),
         ("test_resnet", "resnet.st", ["model 'test_resnet'", "no site"]),
@@ -272,12 +277,12 @@ def test_a_budget_that_is_missed_in_the_end_is_code_3(search, here, store, monke
 
 
 def test_broken_images_are_named_skipped_and_counted(search, here, store, monkeypatch):
-    folder = here / "pictures"
-    folder.mkdir()
     for number, image in enumerate(tiny_search.pictures(60)):
+        folder = here / "pictures" / f"{number % 10}s"
+        folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / f"{number:03}.png")
     for number in range(4):
-        (folder / f"9{number}.png").write_bytes(b"not a picture")
+        (here / "pictures" / f"9{number}.png").write_bytes(b"not a picture")
     monkeypatch.setenv("FORCE_COLOR", "1")  # as if there were a terminal
     monkeypatch.setenv("COLUMNS", "200")
     options = ("--data", "pictures", "--trials", "2", "--finetune-minutes", "0", "--out", "run")
@@ -289,6 +294,7 @@ def test_broken_images_are_named_skipped_and_counted(search, here, store, monkey
     )
     record = json.loads((here / "run" / "run.json").read_text())
     assert record["skipped_images"] == [f"9{number}.png" for number in range(4)]
+    assert record["classes"] == [f"{number}s" for number in range(10)]
 
 
 def python(*words, cwd):
@@ -335,7 +341,7 @@ def test_mixers_lists_what_is_broken_below_the_table():
     before = list(registry.broken)
 
     def missing():
-        raise ImportError("no module named 'gone'")
+        raise ImportError("no module named 'gone'; pip install 'bad[onnx]'")
 
     try:
         registry.load(
@@ -349,7 +355,9 @@ def test_mixers_lists_what_is_broken_below_the_table():
     for spec in registry.mixers:
         assert f"\n  {spec.name} " in table
     assert "mixerzoo 0.1.0" in table
-    assert below.startswith(" 'bad' of mixerzoo-bad 3.2: ImportError: no module named 'gone'")
+    assert below.startswith(
+        " 'bad' of mixerzoo-bad 3.2: ImportError: no module named 'gone'; pip install 'bad[onnx]'"
+    )
     assert below.count("\n") == 1
 
 
@@ -465,6 +473,15 @@ def test_profile_writes_its_page_and_refuses_as_search_does(here, place):
     ):
         assert_refused(CliRunner().invoke(main, [*words, *bad]), text)
     assert content(here) == before
+
+
+@pytest.mark.parametrize(("classes", "fit"), [(10, True), (9, True), (14, False)])
+def test_profile_tells_no_accuracy_on_labels_that_are_not_the_teachers_classes(here, classes, fit):
+    np.savez("some.npz", x=tiny_search.pictures(40), y=np.arange(40) % classes)
+    words = ["profile", "--model", "tiny", "--data", "some.npz", "--threads", "1", "--images", "24", "--json"]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    assert (json.loads(result.stdout)["teacher"]["accuracy"] is not None) is fit
 
 
 def test_json_ends_with_3_where_no_student_met_the_budget(monkeypatch):

@@ -1,13 +1,18 @@
 """Images and labels: what is opened, what is refused and how, and that images are prepared as timm does."""
 
+import hashlib
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 
 from mixerzoo import hookimpl
+from mixerzoo.classes import fitting_labels
 from mixerzoo.compat import guard_torchvision
 from mixerzoo.data import (
     Dataset,
@@ -25,6 +30,8 @@ from mixerzoo.registry import temporary_plugin
 
 GREY = ImageConfig(size=(1, 16, 16), mean=(0.5,), std=(0.25,), interpolation="bilinear")
 COLOUR = ImageConfig(size=(3, 16, 16), mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3), interpolation="bicubic")
+
+SQUASHED = replace(COLOUR, crop_mode="squash")
 
 
 def picture(seed=0, *, mode="RGB", size=(20, 20)):
@@ -78,13 +85,13 @@ def test_digits_are_digits():
         assert data.labels[index] == bunch.target[index]
 
 
-@pytest.mark.parametrize("count", [20, 21, 100, 1001])
+@pytest.mark.parametrize("count", [24, 25, 30, 100, 1001])
 def test_shuffled_splits_are_a_partition(count):
     splits = shuffled_splits(count)
     assert_partition(splits, count)
     sizes = [len(part) for part in parts(splits)]
     assert sizes == pytest.approx([0.6 * count, 0.15 * count, 0.25 * count], abs=1)
-    assert min(sizes) > 0
+    assert min(sizes) >= 4
     assert splits == shuffled_splits(count)
     assert list(splits.calibration) != sorted(splits.calibration)
 
@@ -121,35 +128,35 @@ def test_a_mixture_is_not_labelled(tmp_path):
 
 
 def test_one_class_is_no_class(tmp_path):
-    fill(tmp_path / "all", 20)
+    fill(tmp_path / "all", 24)
     data = open_data(str(tmp_path))
     assert data.labels is None
     assert data.classes == ()
 
 
 def test_other_files_are_passed_over(tmp_path):
-    fill(tmp_path, 20, suffix="JPG")
+    fill(tmp_path, 24, suffix="JPG")
     (tmp_path / "notes.txt").write_text("hello")
     (tmp_path / "folder.png").mkdir()
     data = open_data(str(tmp_path))
-    assert_partition(data.splits, 20)
+    assert_partition(data.splits, 24)
     assert data.skipped == ()
 
 
 def test_unreadable_images_are_skipped_and_named(tmp_path):
-    fill(tmp_path / "a", 20)
+    fill(tmp_path / "a", 24)
     whole = (tmp_path / "a" / "000.png").read_bytes()
     (tmp_path / "a" / "empty.png").write_bytes(b"")
     (tmp_path / "a" / "half.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.jpg").write_text("not an image")
     data = open_data(str(tmp_path))
     assert data.skipped == ("a/empty.png", "a/half.png", "text.jpg")
-    assert_partition(data.splits, 20)
-    assert load_images(data, range(20), GREY).isfinite().all()
+    assert_partition(data.splits, 24)
+    assert load_images(data, range(24), GREY).isfinite().all()
 
 
 def test_files_that_may_not_be_read_are_skipped_too(tmp_path, monkeypatch):
-    source = fill(tmp_path, 21)
+    source = fill(tmp_path, 25)
     read = Path.read_bytes
 
     def refuse(self):
@@ -159,6 +166,70 @@ def test_files_that_may_not_be_read_are_skipped_too(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
     assert open_data(source).skipped == ("003.png",)
+
+
+def test_links_are_followed_and_never_end_in_themselves(tmp_path):
+    fill(tmp_path / "elsewhere", 12)
+    fill(tmp_path / "plain" / "cat", 12)
+    fill(tmp_path / "plain" / "dog", 12, first=12)
+    linked = tmp_path / "linked"
+    fill(linked / "dog", 12, first=12)
+    (linked / "cat").symlink_to(tmp_path / "elsewhere")
+    data = open_data(str(linked))
+    assert (data.classes, data.labels.tolist()) == (("cat", "dog"), [0] * 12 + [1] * 12)
+    assert data.fingerprint == open_data(str(tmp_path / "plain")).fingerprint
+    (linked / "dog" / "up").symlink_to(linked)
+    (tmp_path / "elsewhere" / "other").symlink_to(linked / "dog")
+    (linked / "dog" / "other").symlink_to(tmp_path / "elsewhere")
+    (linked / "dog" / "nowhere.png").symlink_to(tmp_path / "nowhere.png")
+    assert open_data(str(linked)).skipped == ()
+
+
+def test_names_that_are_not_utf8_are_names_too(tmp_path):
+    for number in range(24):
+        folder = os.fsencode(tmp_path) + (b"/caf\xe9" if number % 2 else b"/bar")
+        os.makedirs(folder, exist_ok=True)
+        picture(number).save(os.fsdecode(folder + b"/%02d\xff.png" % number))
+    with open(folder + b"/\xfe.png", "wb"):
+        pass
+    data = open_data(str(tmp_path))
+    assert data.classes == ("bar", "caf\N{REPLACEMENT CHARACTER}")
+    assert data.labels.tolist() == [0] * 12 + [1] * 12
+    assert data.skipped == ("caf\N{REPLACEMENT CHARACTER}/\N{REPLACEMENT CHARACTER}.png",)
+
+
+def test_the_fingerprint_of_a_folder_stays_what_it_was(tmp_path):
+    for name in ("b/\N{LATIN SMALL LETTER E WITH ACUTE}", "a", "b c/d", "b/a"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture(len(name)).save(tmp_path / f"{name}.ppm")
+    source = fill(tmp_path, 24, first=10, suffix="ppm")
+    paths = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    hasher = hashlib.sha256()
+    for path in paths:
+        hasher.update(str(path.relative_to(tmp_path)).encode() + b"\0")
+        hasher.update(hashlib.sha256(path.read_bytes()).digest())
+    assert open_data(source).fingerprint == hasher.hexdigest()
+
+
+@pytest.mark.parametrize("mode", ["LAB", "HSV", "YCbCr", "PA", "RGBX", "I", "F"])
+@pytest.mark.parametrize("config", [GREY, COLOUR], ids=["grey", "colour"])
+def test_any_mode_will_do(mode, config):
+    (prepared,) = load_images(data_of([Image.new(mode, (20, 20))]), [0], config)
+    assert prepared.isfinite().all()
+
+
+def test_deep_grey_is_scaled_as_predict_does(tmp_path):
+    grey = np.asarray(picture(mode="L", size=(16, 16)))
+    source = fill(tmp_path, 24)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "x16.png")
+    Image.fromarray(grey.astype(np.int32) * 257).save(tmp_path / "x32.tiff")
+    Image.fromarray(grey.astype(np.float32) / 255).save(tmp_path / "xf.tiff")
+    Image.fromarray(np.full((16, 16), np.nan, dtype=np.float32)).save(tmp_path / "xnan.tiff")
+    data = open_data(source)
+    assert data.skipped == ("xnan.tiff",)
+    (expected,) = load_images(data_of([Image.fromarray(grey)]), [0], GREY)
+    for prepared in load_images(data, [24, 25, 26], GREY):
+        torch.testing.assert_close(prepared, expected, atol=0.02, rtol=0)
 
 
 def test_no_image_left(tmp_path):
@@ -179,12 +250,12 @@ def test_a_missing_folder(tmp_path):
 
 
 def test_too_few_images(tmp_path):
-    with pytest.raises(MixerzooError, match="19 readable images; at least 20 are needed"):
-        open_data(fill(tmp_path, 19))
+    with pytest.raises(MixerzooError, match="23 readable images; at least 24 are needed"):
+        open_data(fill(tmp_path, 23))
 
 
 def test_the_fingerprint_is_of_the_content_and_the_names(tmp_path):
-    source = fill(tmp_path / "data", 20)
+    source = fill(tmp_path / "data", 24)
     seen = [open_data(source).fingerprint]
     assert seen == [open_data(source).fingerprint]
     picture(77).save(tmp_path / "data" / "000.png")
@@ -224,10 +295,9 @@ def test_archives(tmp_path, shape, labelled):
     if labelled:
         assert data.labels.tolist() == content["y"].tolist()
         assert data.labels.dtype == torch.int64
-        assert data.classes == ("0", "1", "2", "3")
     else:
         assert data.labels is None
-        assert data.classes == ()
+    assert data.classes == ()  # which a number does not name
 
 
 def test_labels_are_part_of_the_fingerprint(tmp_path):
@@ -246,10 +316,11 @@ def test_labels_are_part_of_the_fingerprint(tmp_path):
         ({"x": arrays()["x"].astype(np.float32)}, r"x is float32 \(24, 9, 11\); give uint8 images"),
         ({"x": arrays()["x"][0]}, r"x is uint8 \(9, 11\); give uint8 images"),
         ({"x": arrays(shape=(3, 9, 11))["x"]}, r"x is uint8 \(24, 3, 9, 11\); give uint8 images"),
-        ({"x": arrays(count=5)["x"]}, "5 readable images; at least 20 are needed"),
+        ({"x": arrays(count=5)["x"]}, "5 readable images; at least 24 are needed"),
         (arrays() | {"y": np.arange(23)}, r"y is int64 \(23,\); give one integer label an image"),
         (arrays() | {"y": np.zeros(24)}, r"y is float64 \(24,\); give one integer label"),
         (arrays() | {"y": np.zeros((24, 10), int)}, r"y is int64 \(24, 10\); give one integer label"),
+        (arrays() | {"y": np.full(24, -1)}, "y has the label -1; labels count from 0"),
         ({"x": np.array([{"a": 1}] * 24, dtype=object)}, "not a readable .npz file .*allow_pickle=False"),
         (arrays() | {"y": np.array([[]] * 24, dtype=object)}, "allow_pickle=False|y is object"),
     ],
@@ -294,6 +365,30 @@ def test_archives_that_are_none(tmp_path, kind):
         )
     with pytest.raises(MixerzooError, match=r"d\.npz': not a readable \.npz file"):
         open_data(str(path))
+
+
+# Labels that are the teacher's classes
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "fit"),
+    [
+        (range(10), (), True),
+        (range(9), (), True),  # the last class may be missing
+        ([0] * 9 + [10], (), False),
+        ([0] * 9 + [-1], (), False),
+        (range(10), "abcdefghij", True),
+        (range(9), "abcdefghi", False),
+        (None, (), False),
+    ],
+)
+def test_labels_are_taken_where_they_can_be_the_teacher_s_classes(labels, names, fit):
+    data = data_of([picture(seed) for seed in range(10)])
+    labels = None if labels is None else torch.tensor(list(labels))
+    data = replace(data, labels=labels, classes=tuple(names))
+    found = fitting_labels(tiny.tiny_teacher(), data, [3, 0])
+    assert found is None if not fit else torch.equal(found, labels[[3, 0]])
+    assert fitting_labels(tiny.tiny_teacher(num_classes=0), data, [3, 0]) is None
 
 
 # Preparation
@@ -355,7 +450,7 @@ def test_the_crop_is_of_the_larger_image():
     assert not torch.equal(prepared, load_images(data_of([image]), [0], GREY)[0])
 
 
-@pytest.mark.parametrize("config", [GREY, COLOUR], ids=["grey", "colour"])
+@pytest.mark.parametrize("config", [GREY, COLOUR, SQUASHED], ids=["grey", "colour", "squashed"])
 def test_it_is_timm_s_own_transform(config):
     guard_torchvision()
     from timm.data import create_transform
@@ -367,11 +462,19 @@ def test_it_is_timm_s_own_transform(config):
         mean=config.mean,
         std=config.std,
         crop_pct=config.crop_pct,
+        crop_mode=config.crop_mode,
     )
     images = [picture(seed, size=(30 - seed, 12 + seed)) for seed in range(5)]
     mode = "L" if config.size[0] == 1 else "RGB"
     expected = torch.stack([transform(image.convert(mode)) for image in images])
     assert torch.equal(load_images(data_of(images), range(5), config), expected)
+
+
+def test_a_squashed_image_is_whole():
+    image = picture(size=(40, 20))
+    whole = image.resize((16, 16), Image.Resampling.BICUBIC)
+    prepared = load_images(data_of([image, whole]), [0, 1], SQUASHED)
+    torch.testing.assert_close(prepared[0], prepared[1], atol=1e-5, rtol=0)
 
 
 def test_batches_are_the_images_in_order():
@@ -406,11 +509,11 @@ class Plugin:
 
 def test_a_registered_kind_of_data_wins_over_the_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    fill(tmp_path / "stripes:3", 20)  # a folder of that name is there too
+    fill(tmp_path / "stripes:3", 24)  # a folder of that name is there too
     plugin = Plugin()
     with temporary_plugin(plugin):
         assert open_data("stripes:3").name == "test"
         assert plugin.opened == ["stripes:3"]
         assert open_data("digits").name == "digits"
-    assert len(open_data("stripes:3").splits.calibration) == 12
+    assert len(open_data("stripes:3").splits.calibration) == 14
     assert plugin.opened == ["stripes:3"]

@@ -42,6 +42,9 @@ from mixerzoo.opening import open_data
 from mixerzoo.predict.predictor import _prepared
 from mixerzoo.registry import temporary_plugin
 from mixerzoo.student import load_student, read_plan, save_student
+from mixerzoo.temporary import temporary_of
+
+NAMES = [f"kind {number}" for number in range(10)]  # of the classes, as the run has them
 
 
 class Another(nn.Module):
@@ -81,7 +84,7 @@ def _tiny_world():
 def here(tmp_path, monkeypatch):
     """A folder with data and a run in it."""
     monkeypatch.chdir(tmp_path)
-    tiny_run.write_run("run")
+    write_named_run()
     return tmp_path
 
 
@@ -93,10 +96,15 @@ def onnx(tmp_path_factory):
     folder = tmp_path_factory.mktemp("onnx")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        tiny_run.write_run("run")
+        write_named_run()
         result = run("run", "--format", "onnx", "--threads", "1")
     assert result.exit_code == 0, (result.stderr, result.exception)
     return folder, result
+
+
+def write_named_run():
+    tiny_run.write_run("run")
+    tiny_run.change("run/run.json", classes=NAMES)
 
 
 def run(*words):
@@ -146,6 +154,7 @@ def test_what_serving_takes_is_beside_the_file_and_in_it(onnx):
     about = read_json(export / "model.onnx.json")
     assert about["preprocess"] == {
         "mode": "L",
+        "crop_mode": "center",
         "resize": [16, 16],
         "interpolation": "bilinear",
         "crop": [16, 16],
@@ -153,7 +162,7 @@ def test_what_serving_takes_is_beside_the_file_and_in_it(onnx):
         "mean": [0.5],
         "std": [0.5],
     }
-    assert about["classes"] == [str(number) for number in range(10)]
+    assert about["classes"] == NAMES
     assert about["plan"] == read_json(folder / "run" / "best" / "plan.json")["plan"]
     session, _ = served(folder, tiny.tiny_images(1))
     inside = session.get_modelmeta().custom_metadata_map
@@ -232,10 +241,22 @@ def test_one_file_holds_weights_and_plan(here):
         assert torch.equal(mixerzoo.load("student.safetensors")(images), mixerzoo.load("run")(images))
     content = read_plan(Path("student.safetensors"))
     assert content["plan"] == read_json(here / "run" / "best" / "plan.json")["plan"]
-    assert content["classes"] == [str(number) for number in range(10)]
+    assert content["classes"] == NAMES
     with safe_open("student.safetensors", framework="pt") as file:
         assert set(file.keys()) == set(mixerzoo.load("run").state_dict())
     assert {path.name for path in here.iterdir()} == {"data.npz", "run", "student.safetensors"}
+
+
+def test_data_to_compare_on_name_no_classes(here):
+    for number, image in enumerate(real_images(40)):
+        folder = here / "other" / f"other {number % 10}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{number}.png")
+    quick("run", "--format", "torch-export", "--data", "other", "--images", "4")
+    assert read_json(here / "run" / "export" / "model.pt2.json")["classes"] == NAMES
+    (here / "run" / "best").rename("alone")  # the run is not known, and so are the names
+    quick("alone", "--format", "torch-export", "--data", "other", "--images", "4", "--out", "alone.pt2")
+    assert read_json(here / "alone.pt2.json")["classes"] == []
 
 
 def test_one_file_may_be_exported_again(here):
@@ -469,6 +490,45 @@ def test_a_mixer_of_one_batch_size_is_refused(here):
     assert tiny_run.files(here) == before
 
 
+def test_a_file_that_its_runtime_does_not_open_is_refused(here, monkeypatch):
+    for package in PACKAGES:
+        pytest.importorskip(package, reason="needs the extra onnx")
+
+    def lacks(*_args):
+        raise RuntimeError("NOT_IMPLEMENTED : Could not find an implementation for STFT(17)\nnode")
+
+    before = tiny_run.files(here)
+    monkeypatch.setattr("mixerzoo.export.formats.open_session", lacks)
+    refused(
+        run("run", "--format", "onnx"),
+        "'run' as onnx does not open under onnxruntime (RuntimeError: NOT_IMPLEMENTED",
+        "--format safetensors or hub takes it",
+    )
+    assert tiny_run.files(here) == before
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_in_nobodys_way(here):
+    target = Path("served") / "student.safetensors"
+    left = temporary_of(target)
+    left.mkdir(parents=True)
+    (left / target.name).write_text("half")
+    quick("run", "--format", "safetensors", "--out", str(target))
+    assert list(target.parent.iterdir()) == [target]
+    mixerzoo.load(target)
+
+
+def test_an_empty_folder_is_filled_also_where_one_stands(here, monkeypatch):
+    (here / "published").mkdir()
+    monkeypatch.chdir(here / "published")
+    found = quick("../run", "--format", "hub", "--out", ".", "--data", "../data.npz")
+    assert {path.name for path in Path().iterdir()} == {
+        "model.safetensors", "plan.json", "config.json", "README.md",
+    }  # fmt: skip
+    assert set(found["files_mib"]) == {str(path.resolve()) for path in Path().iterdir()}
+    assert {path.name for path in here.iterdir()} == {"data.npz", "run", "published"}
+    mixerzoo.load(".")
+
+
 def test_a_stop_leaves_nothing(here, monkeypatch):
     def stopped(*_args, **_kwargs):
         raise KeyboardInterrupt
@@ -560,6 +620,10 @@ CONFIGS = {
         size=(3, 24, 24), mean=(0.5,) * 3, std=(0.2,) * 3, interpolation="bilinear", crop_pct=0.9
     ),
     "oblong": ImageConfig(size=(3, 16, 24), mean=(0.5,) * 3, std=(0.2,) * 3, crop_pct=0.95),
+    "squashed": ImageConfig(size=(3, 24, 24), mean=(0.5,) * 3, std=(0.2,) * 3, crop_mode="squash"),
+    "squashed and cropped": ImageConfig(
+        size=(3, 16, 24), mean=(0.5,) * 3, std=(0.2,) * 3, crop_pct=0.9, crop_mode="squash"
+    ),
     "grey": ImageConfig(size=(1, 20, 20), mean=(0.5,), std=(0.25,), interpolation="nearest"),
 }
 
@@ -573,6 +637,23 @@ def test_pillow_and_numpy_prepare_images_as_timm_does(config, size):
     expected = _prepared([image], config)[0].numpy()
     np.testing.assert_allclose(steps(image), expected, atol=1e-5)
     assert Preprocess.from_json(json.loads(json.dumps(steps.to_json()))) == steps
+
+
+def test_crop_modes_that_pillow_and_numpy_do_not_prepare_are_refused(here):
+    image = read_json(here / "run" / "best" / "plan.json")["image"]
+    tiny_run.change("run/best/plan.json", image=image | {"crop_mode": "border"})
+    before = tiny_run.files(here)
+    refused(run("run", "--format", "torch-export"), "crop mode 'border'", "--format safetensors")
+    assert tiny_run.files(here) == before
+    quick("run", "--format", "safetensors", "--out", "student.safetensors")
+
+
+def test_what_was_written_without_a_crop_mode_is_center():
+    steps = Preprocess.of(CONFIGS["cropped"])
+    older = {name: value for name, value in steps.to_json().items() if name != "crop_mode"}
+    assert Preprocess.from_json(older) == steps
+    with pytest.raises(ValueError, match="crop mode border"):
+        Preprocess.from_json(older | {"crop_mode": "border"})
 
 
 def test_data_are_prepared_alike(here):

@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from torch.nn import functional as F
 
 import mixerzoo
+from mixerzoo.classes import fitting_labels
 from mixerzoo.cli import main
 from mixerzoo.data import ImageConfig, image_batches, open_npz
 from mixerzoo.denormals import tiny_as_zero
@@ -28,7 +29,7 @@ from mixerzoo.opening import open_teacher
 from mixerzoo.plan import Candidate
 from mixerzoo.registry import get_registry, temporary_plugin
 from mixerzoo_search.far import training as far_training
-from mixerzoo_search.far.images import TrainingImages, fitting_labels, seeded
+from mixerzoo_search.far.images import TrainingImages, seeded
 from mixerzoo_search.far.student import (
     HEADS,
     OUTPUTS,

@@ -143,7 +143,9 @@ def test_a_teacher_of_the_same_weights_may_be_another_source():
     image = dataclasses.replace(teacher.image, mean=(0.25,))
     activation = tiny.tiny_teacher()
     activation.model.blocks[0].mlp.act = nn.ReLU()
-    for changed in (dataclasses.replace(teacher, image=image), activation):
+    squashed = dataclasses.replace(teacher.image, crop_mode="squash")
+    others = [dataclasses.replace(teacher, image=other) for other in (image, squashed)]
+    for changed in (*others, activation):
         other = Source.of(changed, data, range(20))
         assert other == dataclasses.replace(there, form=other.form)
         assert other.form != there.form

@@ -18,7 +18,7 @@ from mixerzoo.classes import class_names
 from mixerzoo.cli import main
 from mixerzoo.export.onnx import PACKAGES
 from mixerzoo.export.run import export_student
-from mixerzoo.predict.images import open_image
+from mixerzoo.images import open_image
 from mixerzoo.predict.predictor import open_predictor
 from mixerzoo.predict.predictor import predict as predict_images
 from mixerzoo.registry import temporary_plugin
@@ -198,10 +198,24 @@ def test_class_folders_name_the_classes(here):
     (row,) = told("zoo", "L.png", "--top", "10")["images"]
     assert {guess["class"] for guess in row["classes"]} == {f"animal {number}" for number in range(10)}
     assert all(guess["class"] == f"animal {guess['index']}" for guess in row["classes"])
+    expected = tuple(f"animal {number}" for number in range(10))
+    for number in range(10):  # something else is there now, and then nothing
+        (here / "animals" / f"animal {number}").rename(here / "animals" / f"plant {number}")
+    assert class_names(find_student(here / "zoo"), mixerzoo.load("zoo")) == expected
     shutil.rmtree(here / "animals")
-    assert class_names(find_student(here / "zoo"), mixerzoo.load("zoo")) == ()
-    (row,) = told("zoo", "L.png", "--top", "1")["images"]  # by number then
+    assert class_names(find_student(here / "zoo"), mixerzoo.load("zoo")) == expected
+    shutil.copytree("zoo/best", "alone")  # whose run is not known: by number
+    (row,) = told("alone", "L.png", "--top", "1")["images"]
     assert row["classes"][0]["class"] == str(row["classes"][0]["index"])
+
+
+def test_a_checkpoint_of_one_s_own_has_other_classes_than_the_weights_of_that_name(here):
+    tiny_run.write_run("digits", model="digits_vit", data="digits", choices={"blocks.0.attn": "pool@1"})
+    student = mixerzoo.load("digits")
+    tiny_run.change("digits/run.json", identity={"checkpoint": "mine.safetensors"}, classes=[])
+    assert class_names(find_student(here / "digits"), student) == ()
+    tiny_run.change("digits/run.json", classes=list("abcdefghij"))
+    assert class_names(find_student(here / "digits"), student) == tuple("abcdefghij")
 
 
 def test_digits_are_named_without_their_run(here):
@@ -264,6 +278,14 @@ def test_the_file_beside_it_is_what_counts(exported, here):
     refused(run("served.onnx", "L.png"), "'served.onnx': how its images are prepared is not known")
     (here / "served.onnx.json").write_text("[]")
     refused(run("served.onnx", "L.png"), "'served.onnx.json'", "not what mixerzoo export writes")
+
+
+def test_an_exported_file_of_embeddings_is_told_what_to_do_with_it(exported, here):
+    about = json.loads((here / "served.onnx.json").read_text())
+    tiny_run.change("served.onnx.json", output=about["output"] | {"name": "embedding"})
+    refused(
+        run("served.onnx", "L.png"), "'served.onnx' gives embeddings, not classes; onnxruntime gives them"
+    )
 
 
 # Mistakes

@@ -14,7 +14,7 @@ from torch import nn
 
 import mixerzoo
 from mixerzoo import Caps, MixerSpec, MixerzooError, hookimpl
-from mixerzoo.data import image_batches, load_labels
+from mixerzoo.data import MIN_IMAGES, image_batches, load_labels
 from mixerzoo.errors import BudgetOutOfReachError
 from mixerzoo.hosts import Replacement, count_params
 from mixerzoo.latency import Stopwatch
@@ -211,6 +211,20 @@ def test_a_folder_of_unlabelled_images_will_do(start, place):
     _, children, _ = mlflow_runs(place, result.path)
     assert children
     assert not any("accuracy" in child.data.metrics for child in children)
+
+
+def test_the_fewest_images_there_may_be_are_enough(start, place):
+    np.savez(place / "few.npz", x=tiny_search.pictures(MIN_IMAGES))
+    result = start("few", data="few.npz", trials=2)
+    check_summary(result.summary, labelled=False)
+    assert result.summary["hypervolume"] > 0
+
+
+def test_images_that_the_teacher_does_not_tell_apart_have_no_hypervolume(start, place):
+    np.savez(place / "same.npz", x=tiny_search.pictures(1).repeat(40, axis=0))
+    result = start("same", data="same.npz", trials=2, finetune_minutes=0)
+    assert result.summary["met"]
+    assert result.summary["hypervolume"] == 0
 
 
 def test_labels_that_are_not_the_teachers_classes_are_left_out(start, place):

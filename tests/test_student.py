@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -23,9 +24,11 @@ from mixerzoo.student import (
     PLAN_FILE,
     WEIGHTS_FILE,
     Student,
+    image_config,
     load,
     load_student,
     make_replacement,
+    read_plan,
     save_student,
 )
 
@@ -142,6 +145,16 @@ def test_what_is_written(saved, named):
     assert content["plugins"]["pool"] == str(get_registry().mixers.origin("pool"))
     assert content["image"]["size"] == [3, 48, 48]
     assert sorted(path.name for path in folder.iterdir()) == [WEIGHTS_FILE, PLAN_FILE]
+
+
+def test_how_images_are_prepared_is_written(saved, named, tmp_path):
+    folder, student = saved
+    squash = replace(named, image=replace(named.image, crop_mode="squash"))
+    save_student(tmp_path, student, squash)
+    assert image_config(read_plan(tmp_path)) == squash.image
+    content = read_plan(folder)
+    del content["image"]["crop_mode"]  # as older ones have none
+    assert image_config(content) == named.image
 
 
 def test_the_plan_is_written_last(named, tmp_path, monkeypatch):

@@ -394,6 +394,14 @@ def test_the_image_size_is_what_the_model_is_built_for():
     assert HOST.image_config(model).crop_pct == 0.9
 
 
+@pytest.mark.parametrize(("said", "mode"), [("squash", "squash"), (None, "center")])
+def test_images_are_resized_as_the_weights_were_trained(said, mode):
+    model = tiny.tiny_vit()
+    if said is not None:
+        model.pretrained_cfg["crop_mode"] = said
+    assert HOST.image_config(model).crop_mode == mode
+
+
 def test_the_fingerprint_is_of_every_weight():
     model = tiny.tiny_vit()
     seen = {fingerprint(model)}
@@ -538,6 +546,31 @@ def test_a_timm_model_is_rebuilt_from_its_description(classes):
     x = torch.randn(1, 3, 48, 48)
     with torch.inference_mode():
         torch.testing.assert_close(rebuilt(x), model(x))
+
+
+@pytest.fixture
+def grey():
+    return _timm().create_model(SMALL, num_classes=5, img_size=48, in_chans=1).eval()
+
+
+def test_a_model_for_grey_images_has_sites_and_is_rebuilt(grey, tmp_path):
+    assert grey.pretrained_cfg["input_size"][0] == 3
+    teacher = adopt_teacher(grey)
+    assert teacher.image.size == (1, 48, 48)
+    colour = HOST.image_config(_timm().create_model(SMALL))
+    for found, of in ((teacher.image.mean, colour.mean), (teacher.image.std, colour.std)):
+        assert found == pytest.approx([sum(of) / 3])
+    described = HOST.architecture(grey)
+    assert described["in_chans"] == 1
+    rebuilt = HOST.create(described)
+    rebuilt.load_state_dict(grey.state_dict())
+    save_file(grey.state_dict(), tmp_path / "grey.safetensors")
+    assert open_teacher(SMALL, tmp_path / "grey.safetensors").fingerprint == fingerprint(grey)
+
+
+def test_a_model_for_images_of_other_channels_is_refused():
+    with pytest.raises(MixerzooError, match=r"images of 4 channels: images have 1 \(grey\) or 3"):
+        adopt_teacher(_timm().create_model(SMALL, img_size=48, in_chans=4))
 
 
 def test_the_embedded_teacher_is_rebuilt_by_its_name():

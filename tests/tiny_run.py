@@ -65,6 +65,7 @@ def write_run(
                 "data_fingerprint": opened.fingerprint[:16],
             },
             "teacher_ms": TEACHER["latency_ms"],
+            "classes": list(opened.classes),
             "environment": environment,
         },
     )

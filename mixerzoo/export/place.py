@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mixerzoo.errors import MixerzooError
 from mixerzoo.export.formats import Format
+from mixerzoo.student import PLAN_FILE
 from mixerzoo.student_source import Source
 from mixerzoo.temporary import temporary_of
 
@@ -21,7 +22,7 @@ def target_of(form: Format, source: Source, out: Path | None) -> Path:
         beside = source.given.parent if source.given.is_file() else source.given
         target = beside / FOLDER / form.file
     elif form.is_folder or out.suffix == Path(form.file).suffix:
-        target = out
+        target = out if out.name not in ("", "..") else out.resolve()  # "." has no name
     elif out.suffix and not out.is_dir():
         raise MixerzooError(f"--out {out}: a file of --format {form.name} ends in {Path(form.file).suffix}")
     else:
@@ -46,6 +47,7 @@ def workshop_of(target: Path) -> Iterator[Path]:
     workshop = temporary_of(target)
     made = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
     try:
+        shutil.rmtree(workshop, ignore_errors=True)  # a killed process may have had the same number
         workshop.mkdir(parents=True)
         yield workshop
     except OSError as error:
@@ -62,9 +64,12 @@ def workshop_of(target: Path) -> Iterator[Path]:
 def place(form: Format, workshop: Path, target: Path) -> dict[Path, int]:
     """Rename what was made into its place, the file itself last; return file -> bytes."""
     if form.is_folder:
-        if target.is_dir():
-            target.rmdir()  # it is empty
-        (workshop / target.name).rename(target)
+        folder = workshop / target.name
+        if target.is_dir():  # it is empty; who stands in it shall not lose it
+            for path in sorted(folder.iterdir(), key=lambda path: path.name == PLAN_FILE):
+                path.rename(target / path.name)
+        else:
+            folder.rename(target)
         return {path: path.stat().st_size for path in sorted(target.iterdir())}
     made = sorted(workshop.iterdir(), key=lambda path: path.name == target.name)
     for path in made:

@@ -14,6 +14,9 @@ import numpy as np
 from PIL import Image
 
 from mixerzoo.data import ImageConfig
+from mixerzoo.errors import MixerzooError
+
+CROP_MODES = ("center", "squash")  # timm has `border` too, which none of its plain vision transformers wants
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +25,9 @@ class Preprocess:
 
     Attributes:
         mode: of Pillow, `L` or `RGB`: the image is converted to it, with 8 bits a channel.
-        resize: height and width in pixels that the image is scaled to cover, keeping its proportions; of a square,
-            its shorter side becomes that, and the longer one is rounded down.
+        crop_mode: `center` or `squash`, see `resize`.
+        resize: height and width in pixels. In mode `squash` the image is scaled to just that; in mode `center` to cover
+            it, keeping its proportions: of a square, its shorter side becomes that, and the longer one is rounded down.
         interpolation: Pillow's name of the filter, in lower case.
         crop: height and width in pixels that are cut out of the middle.
         scale: what the pixels are multiplied by.
@@ -32,6 +36,7 @@ class Preprocess:
     """
 
     mode: str
+    crop_mode: str
     resize: tuple[int, int]
     interpolation: str
     crop: tuple[int, int]
@@ -41,11 +46,21 @@ class Preprocess:
 
     @classmethod
     def of(cls, config: ImageConfig) -> Preprocess:
-        """Return the steps that prepare images as a teacher expects them."""
+        """Return the steps that prepare images as a teacher expects them.
+
+        Raises:
+            MixerzooError: for another crop mode of timm.
+        """
+        if config.crop_mode not in CROP_MODES:
+            raise MixerzooError(
+                f"crop mode '{config.crop_mode}': images of this teacher cannot be prepared without timm "
+                f"(known: {', '.join(CROP_MODES)}); use --format safetensors"
+            )
         channels, height, width = config.size
         share = config.crop_pct or 0.875  # timm's own, where there is none
         return cls(
             mode="L" if channels == 1 else "RGB",
+            crop_mode=config.crop_mode,
             resize=(math.floor(height / share), math.floor(width / share)),
             interpolation=config.interpolation,
             crop=(height, width),
@@ -68,6 +83,7 @@ class Preprocess:
         (rows, columns), (height, width) = data["resize"], data["crop"]
         steps = cls(
             mode=str(data["mode"]),
+            crop_mode=str(data.get("crop_mode", "center")),  # older files have none
             resize=(int(rows), int(columns)),
             interpolation=str(data["interpolation"]),
             crop=(int(height), int(width)),
@@ -75,8 +91,15 @@ class Preprocess:
             mean=tuple(map(float, data["mean"])),
             std=tuple(map(float, data["std"])),
         )
-        if steps.mode not in ("L", "RGB") or steps.interpolation.upper() not in Image.Resampling.__members__:
-            raise ValueError(f"mode {steps.mode}, interpolation {steps.interpolation}")
+        known = (
+            steps.mode in ("L", "RGB")
+            and steps.crop_mode in CROP_MODES
+            and steps.interpolation.upper() in Image.Resampling.__members__
+        )
+        if not known:
+            raise ValueError(
+                f"mode {steps.mode}, crop mode {steps.crop_mode}, interpolation {steps.interpolation}"
+            )
         return steps
 
     def __call__(self, image: Image.Image) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -95,6 +118,8 @@ class Preprocess:
 
     def _scaled(self, height: int, width: int) -> tuple[int, int]:
         rows, columns = self.resize
+        if self.crop_mode == "squash":
+            return rows, columns
         if rows != columns:
             ratio = min(height / rows, width / columns)
             return round(height / ratio), round(width / ratio)

@@ -112,7 +112,7 @@ def export_student(
     if form.traced:
         _demand_exportable(source, form)
     dataset = _open_data(source, data)
-    bundle = _bundle(source, student, blank, dataset)
+    bundle = _bundle(source, student, blank)
     with workshop_of(target) as workshop:
         made = workshop / target.name
         _write(form, bundle, made, source)
@@ -173,12 +173,12 @@ def _open_data(source: Source, data: str | None) -> Dataset:
     return open_data(data)
 
 
-def _bundle(source: Source, student: nn.Module, blank: nn.Module | None, data: Dataset) -> Bundle:
+def _bundle(source: Source, student: nn.Module, blank: nn.Module | None) -> Bundle:
     host: Host = get_registry().hosts.get(str(source.content["host"]))
     image = image_config(source.content)
     with torch.inference_mode():
         outputs = student(torch.zeros(1, *image.size))
-    classes = class_names(source, student, data)
+    classes = class_names(source, student)
     checkpoint = source.identity.get("checkpoint", "unknown")
     return Bundle(
         model=student,
@@ -198,11 +198,14 @@ def _write(form: Format, bundle: Bundle, made: Path, source: Source) -> None:
     except (MixerzooError, OSError):
         raise
     except Exception as error:  # exporters raise types of their own
-        others = [name for name, other in FORMATS.items() if not other.traced]
         raise MixerzooError(
-            f"'{source.given}' cannot be exported as {form.name} ({reason(error)}); "
-            f"--format {' or '.join(others)} takes it"
+            f"'{source.given}' cannot be exported as {form.name} ({reason(error)}); {_way_out()}"
         ) from error
+
+
+def _way_out() -> str:
+    others = [name for name, other in FORMATS.items() if not other.traced]
+    return f"--format {' or '.join(others)} takes it"
 
 
 def _compare(
@@ -217,10 +220,18 @@ def _compare(
 ) -> Parity:
     what = f"'{source.given}' as {form.name}"
     try:
+        opened = form.open(bundle, made, torch.get_num_threads())
+    except MixerzooError:
+        raise
+    except Exception as error:  # runtimes raise types of their own, such as for an operator that they lack
+        raise MixerzooError(
+            f"{what} does not open under {form.runtime} ({reason(error)}); nothing was written; {_way_out()}"
+        ) from error
+    try:
         with reporter.phase("comparison with the student", images) as report:
             parity = compare_outputs(
                 bundle.model,
-                form.open(bundle, made, torch.get_num_threads()),
+                opened,
                 data,
                 bundle.image,
                 images=images,

@@ -25,6 +25,7 @@ from mixerzoo.spec import Kind, Site
 from mixerzoo.teachers import digits_vit
 from mixerzoo.units import Units
 
+COLOURS = 3  # channels of a colour image
 TOLERANCE = 1e-3  # of recomputed outputs, relative to their largest value
 
 
@@ -59,7 +60,7 @@ class TimmVitHost:
         return hasattr(model, "forward_features") and hasattr(model, "pretrained_cfg")
 
     def architecture(self, model: nn.Module) -> dict[str, Any] | None:
-        """Return name, classes and image size, if they rebuild the same model."""
+        """Return name, classes, image size and channels, if they rebuild the same model."""
         name = _config(model).get("architecture") or digits_vit.NAME
         described: dict[str, Any] = {"host": self.name, "model": name}
         if name != digits_vit.NAME:
@@ -67,6 +68,9 @@ class TimmVitHost:
             size = getattr(getattr(model, "patch_embed", None), "img_size", None)
             if size is not None:
                 described |= {"img_size": [int(side) for side in size]}
+            channels = _channels(model)
+            if channels not in (None, COLOURS):  # which is what timm builds unasked
+                described |= {"in_chans": channels}
         try:
             rebuilt = self.create(described)
             rebuilt.load_state_dict(model.state_dict())
@@ -83,14 +87,20 @@ class TimmVitHost:
         # Names such as hf-hub:... would make timm ask the network; a file must not be able to.
         if architecture["model"] not in _timm_names():
             raise MixerzooError(f"architecture '{architecture['model']}': not a model of the installed timm")
-        kwargs = {key: architecture[key] for key in ("num_classes", "img_size") if key in architecture}
+        kwargs = {
+            key: architecture[key] for key in ("num_classes", "img_size", "in_chans") if key in architecture
+        }
         if "img_size" in kwargs:
             kwargs["img_size"] = tuple(kwargs["img_size"])
         model: nn.Module = _timm().create_model(architecture["model"], pretrained=False, **kwargs)
         return model.eval()
 
     def image_config(self, model: nn.Module) -> ImageConfig:
-        """Return timm's data configuration, at the size the patch embedding is built for."""
+        """Return timm's data configuration, at the size and for the channels that the patch embedding is built for.
+
+        Raises:
+            MixerzooError: if these are neither one nor three.
+        """
         guard_torchvision()
         from timm.data import resolve_data_config
 
@@ -99,13 +109,23 @@ class TimmVitHost:
         built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
         if built_for is not None:
             height, width = built_for
+        mean, std = tuple(config["mean"]), tuple(config["std"])
+        channels = _channels(model) or channels
+        if channels not in (1, COLOURS):
+            raise MixerzooError(
+                f"a model for images of {channels} channels: images have 1 (grey) or {COLOURS} (colour); "
+                "give a model for such ones"
+            )
+        if channels != len(mean):  # its weights were trained on images of others
+            mean, std = ((sum(values) / len(values),) * channels for values in (mean, std))
         return ImageConfig(
             size=(channels, int(height), int(width)),
-            mean=tuple(config["mean"]),
-            std=tuple(config["std"]),
+            mean=mean,
+            std=std,
             interpolation=config["interpolation"],
             # A student made for one size is timed and judged at it: nothing is cropped away at another one.
             crop_pct=config["crop_pct"] if (height, width) == tuple(config["input_size"][1:]) else 1.0,
+            crop_mode=config["crop_mode"],
         )
 
     def is_classifier(self, model: nn.Module) -> bool:
@@ -364,6 +384,12 @@ def _grid(model: nn.Module) -> tuple[int, int] | None:
     return None if size is None else (int(size[0]), int(size[1]))
 
 
+def _channels(model: nn.Module) -> int | None:
+    """Return how many channels the patch embedding takes: timm's configuration is of the pretrained weights."""
+    found = getattr(getattr(getattr(model, "patch_embed", None), "proj", None), "in_channels", None)
+    return None if found is None else int(found)
+
+
 def _config(model: nn.Module) -> dict[str, Any]:
     config: Any = getattr(model, "pretrained_cfg", None) or {}
     return dict(config) if isinstance(config, Mapping) else dict(config.to_dict())
@@ -382,7 +408,7 @@ def _timm_names() -> tuple[str, ...]:
 
 
 def _load_checkpoint(name: str, checkpoint: Path) -> nn.Module:
-    """Build `name` for the classes and image size that the file's weights show, and load them."""
+    """Build `name` for the classes, the image size and the channels that the file's weights show, and load them."""
     if not checkpoint.is_file():
         raise MixerzooError(f"checkpoint '{checkpoint}': no such file")
     try:
@@ -396,10 +422,13 @@ def _load_checkpoint(name: str, checkpoint: Path) -> nn.Module:
         model = digits_vit.build()
     else:
         kwargs: dict[str, Any] = {"num_classes": len(state["head.weight"]) if "head.weight" in state else 0}
-        size = _image_size(name, state)
+        size = _image_size(name, state, checkpoint)
         if size is not None:
             kwargs["img_size"] = size
-        model = _timm().create_model(name, pretrained=False, **kwargs)
+        patches = state.get("patch_embed.proj.weight")
+        if patches is not None and patches.ndim == 4:
+            kwargs["in_chans"] = patches.shape[1]
+        model = _untrained(name, checkpoint, **kwargs)
     expected = model.state_dict()
     for key in sorted(expected.keys() | state.keys()):
         if key not in state:
@@ -419,12 +448,24 @@ def _load_checkpoint(name: str, checkpoint: Path) -> nn.Module:
     return model
 
 
-def _image_size(name: str, state: Mapping[str, torch.Tensor]) -> tuple[int, int] | None:
+def _untrained(name: str, checkpoint: Path, **kwargs: Any) -> nn.Module:
+    """Build timm's model for the weights of a file."""
+    try:
+        model: nn.Module = _timm().create_model(name, pretrained=False, **kwargs)
+    except Exception as error:  # timm raises another type for every argument that a model does not take
+        raise MixerzooError(
+            f"model '{name}': cannot be built for checkpoint '{checkpoint}' ({' '.join(str(error).split())[:200]}); "
+            "give the name of the model that its weights are of, without what follows the dot"
+        ) from None
+    return model
+
+
+def _image_size(name: str, state: Mapping[str, torch.Tensor], checkpoint: Path) -> tuple[int, int] | None:
     """Return the square image size that the position embedding belongs to, where timm's model can be built so."""
     positions = state.get("pos_embed")
     if positions is None or positions.ndim != 3:
         return None
-    reference = _timm().create_model(name, pretrained=False)
+    reference: Any = _untrained(name, checkpoint)
     if "pos_embed" not in reference.state_dict() or not hasattr(reference, "patch_embed"):
         return None
     extra = reference.pos_embed.shape[1] - reference.patch_embed.num_patches

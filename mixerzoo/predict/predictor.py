@@ -19,7 +19,7 @@ from mixerzoo.export.onnx import RUNTIME_ONLY, onnx_call, onnx_packages, open_se
 from mixerzoo.export.preprocess import Preprocess
 from mixerzoo.files import read_json
 from mixerzoo.hosts import Host
-from mixerzoo.predict.images import open_image
+from mixerzoo.images import open_image
 from mixerzoo.registry import get_registry
 from mixerzoo.student import image_config, load_student
 from mixerzoo.student_source import find_student
@@ -94,7 +94,7 @@ def open_predictor(path: Path) -> Predictor:
     model = load_student(source.path).model
     host: Host = get_registry().hosts.get(str(source.content["host"]))
     if not host.is_classifier(model):
-        raise MixerzooError(_no_classes(path))
+        raise MixerzooError(_no_classes(path, "in Python, mixerzoo.load(path) is a function of images"))
     config = image_config(source.content)
 
     def run(images: torch.Tensor) -> torch.Tensor:
@@ -162,7 +162,9 @@ def _open_onnx(path: Path) -> Predictor:
             f"'{path}': how its images are prepared is not known ({error!r}); export it with mixerzoo export"
         ) from None
     if output != "logits":
-        raise MixerzooError(_no_classes(path))
+        raise MixerzooError(
+            _no_classes(path, "onnxruntime gives them, for images prepared as its JSON file says")
+        )
     return Predictor(
         prepare=lambda images: torch.from_numpy(np.stack([steps(image) for image in images])),
         run=onnx_call(session),
@@ -187,5 +189,5 @@ def _about(path: Path, session: Any) -> Mapping[str, Any]:
     return found
 
 
-def _no_classes(path: Path) -> str:
-    return f"'{path}' gives embeddings, not classes; in Python, mixerzoo.load(path) is a function of images"
+def _no_classes(path: Path, way_out: str) -> str:
+    return f"'{path}' gives embeddings, not classes; {way_out}"

@@ -119,6 +119,7 @@ def begin_run(opened: Opened, library: Path) -> None:
     record: dict[str, Any] = {
         "library": run.name_of(library),
         "environment": here,
+        "classes": list(asked.data.classes),
         "skipped_images": list(asked.data.skipped),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from mixerzoo.capture import Capture, capture
-from mixerzoo.data import Dataset, image_batches, load_labels
+from mixerzoo.classes import fitting_labels
+from mixerzoo.data import Dataset, image_batches
 from mixerzoo.hosts import Teacher
 from mixerzoo.latency import Stopwatch
 from mixerzoo.library.entries import Source
@@ -158,17 +157,9 @@ class Context:
 
     def make_judge(self, indices: Sequence[int], *, keep: Keep = "prefixes") -> Judge:
         """Return a judge on the given images; labels that cannot be the teacher's classes are left out."""
-        labels = load_labels(self.data, indices)
-        if labels is not None and not self._labels_fit(labels):
-            labels = None
+        labels = fitting_labels(self.teacher, self.data, indices)
         batches = image_batches(self.data, indices, self.teacher.image)
         return Judge(self.teacher, batches, labels, keep=keep)
-
-    def _labels_fit(self, labels: torch.Tensor) -> bool:
-        classes = int(getattr(self.teacher.model, "num_classes", 0))
-        if not self.teacher.classifier:
-            return False
-        return len(self.data.classes) == classes if self.data.classes else int(labels.max()) < classes
 
     @cached_property
     def evaluator(self) -> Evaluator:

@@ -19,6 +19,7 @@ from mixerzoo_search.report.content import PriorTable
 from mixerzoo_search.timing import LatencyQuality
 
 SCHEMA = 1
+ROUNDING = 1e-6  # what a loss may be for equal answers, in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,14 @@ def plan_row(result: PlanResult, test: Evaluation | None = None) -> dict[str, An
     }
 
 
+def _hypervolume(context: Context, results: Sequence[PlanResult]) -> float:
+    """Return the area under the teacher's latency and the loss of a constant answer that the results dominate."""
+    worst = context.study_judge.constant_loss()
+    if worst < ROUNDING:  # the teacher answers the same for all study images: nothing can be told apart
+        return 0.0
+    return hypervolume([(r.latency_ms / context.teacher_ms, r.loss / worst) for r in results], (1.0, 1.0))
+
+
 def summarize(context: Context, findings: Findings) -> dict[str, Any]:
     """Return the summary: the teacher and the winner on test images, the frontier on study images."""
     teacher, best, results = context.teacher, findings.outcome.best, findings.all_results
@@ -68,8 +77,6 @@ def summarize(context: Context, findings: Findings) -> dict[str, Any]:
             judged = judge.evaluate(best.student)
             tested = plan_row(best.result, judged)
         report(2)
-    worst = context.study_judge.constant_loss()
-    points = [(r.latency_ms / context.teacher_ms, r.loss / worst) for r in results]
     wall_s = context.run.wall_s()
     return {
         "schema": SCHEMA,
@@ -90,7 +97,7 @@ def summarize(context: Context, findings: Findings) -> dict[str, Any]:
             else [judged.change_low, judged.change_high],
         },
         "pareto": [plan_row(result) for result in frontier_of(results)],
-        "hypervolume": hypervolume(points, (1.0, 1.0)),
+        "hypervolume": _hypervolume(context, results),
         "evaluations": len(results),
         "latency_model": findings.latency_quality.to_json(),
         "score_model": {

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixerzoo.data import Splits, shuffled_splits
+from mixerzoo.data import MIN_IMAGES, Splits, shuffled_splits
 from mixerzoo_search.image_parts import (
     CHOICE_IMAGES,
     FINAL_IMAGES,
@@ -47,7 +47,7 @@ def test_one_validation_image_serves_all_that_compares():
     assert parts.scores == parts.study == parts.final == splits.validation
 
 
-@given(count=st.integers(20, 3000), distilled=st.integers(1, 2000))
+@given(count=st.integers(MIN_IMAGES, 3000), distilled=st.integers(1, 2000))
 def test_no_image_serves_two_ends(count, distilled):
     splits = shuffled_splits(count)
     parts = ImageParts.of(splits, distilled)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from mixerzoo.compat import guard_torchvision
-from mixerzoo.data import Dataset, ImageConfig, load_images, load_labels
-from mixerzoo.hosts import Teacher
+from mixerzoo.data import Dataset, ImageConfig, load_images
+from mixerzoo.images import eight_bit
 
 SMOOTHING = 0.1
 # DeiT's, which FAR trains with.
@@ -92,21 +92,11 @@ def _deit(config: ImageConfig) -> Callable[[Any], torch.Tensor]:
     grey = config.size[0] == 1
 
     def prepare(image: Any) -> torch.Tensor:
-        image = colours(geometry(image.convert("RGB")))  # RandAugment takes colour images only
+        image = colours(geometry(eight_bit(image).convert("RGB")))  # RandAugment takes colour images only
         prepared: torch.Tensor = last(image.convert("L") if grey else image)
         return prepared
 
     return prepare
-
-
-def fitting_labels(teacher: Teacher, data: Dataset, indices: Sequence[int]) -> torch.Tensor | None:
-    """Return labels (n,), or None where there are none, or none that can be the teacher's classes."""
-    labels = load_labels(data, indices)
-    classes = int(getattr(teacher.model, "num_classes", 0))
-    if labels is None or not teacher.classifier or data.labels is None:
-        return None
-    fit = len(data.classes) == classes if data.classes else int(data.labels.max()) < classes
-    return labels if fit else None
 
 
 @contextmanager

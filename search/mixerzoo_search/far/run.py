@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from mixerzoo.checkpoint import remove_checkpoint, restore_moments
+from mixerzoo.classes import fitting_labels
 from mixerzoo.data import Dataset, image_batches
 from mixerzoo.denormals import tiny_as_zero
 from mixerzoo.files import write_bytes, write_json, write_text
@@ -29,7 +30,7 @@ from mixerzoo.score import Evaluation, judge
 from mixerzoo.spec import Site
 from mixerzoo.student import Student, save_student
 from mixerzoo.tracking import Tracker
-from mixerzoo_search.far.images import TrainingImages, fitting_labels
+from mixerzoo_search.far.images import TrainingImages
 from mixerzoo_search.far.report import far_picture, model_card
 from mixerzoo_search.far.settings import FarSettings
 from mixerzoo_search.far.student import attention_sites, compared, start_student
@@ -86,6 +87,7 @@ def run_far(
             run.start(
                 identity,
                 environment=environment(conditions),
+                classes=list(data.classes),
                 skipped_images=list(data.skipped),
                 command=command,
             )

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from mixerzoo import student_source
+from mixerzoo.classes import fitting_labels
 from mixerzoo.errors import MixerzooError
 from mixerzoo.finetune import Recipe, Tuned, train
 from mixerzoo.hosts import count_params, fingerprint
@@ -21,7 +22,6 @@ from mixerzoo.progress import Reporter
 from mixerzoo.student import Student
 from mixerzoo.tracking import Tracker
 from mixerzoo_search.context import Context
-from mixerzoo_search.far.images import fitting_labels
 from mixerzoo_search.finetuning.curves import Curves
 from mixerzoo_search.finetuning.folder import TuningFolder
 from mixerzoo_search.finetuning.held_out import held_out

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mixerzoo.capture import capture
-from mixerzoo.data import Dataset, image_batches, load_labels
+from mixerzoo.classes import fitting_labels
+from mixerzoo.data import Dataset, image_batches
 from mixerzoo.errors import MixerzooError
 from mixerzoo.hosts import Teacher
 from mixerzoo.latency import TABLE, Conditions, Stopwatch, environment, measure_table, threads
@@ -66,7 +67,7 @@ def profile(
             on_round=progress,
         )
     test = data.splits.test[:ACCURACY_IMAGES]
-    judge = Judge(teacher, image_batches(data, test, teacher.image), load_labels(data, test))
+    judge = Judge(teacher, image_batches(data, test, teacher.image), fitting_labels(teacher, data, test))
     return report.Profile(
         teacher=report.Teacher(
             name=teacher.name,

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from mixerzoo.capture import Capture, capture
-from mixerzoo.data import Dataset, image_batches, load_labels
+from mixerzoo.classes import fitting_labels
+from mixerzoo.data import Dataset, image_batches
 from mixerzoo.errors import MixerzooError
 from mixerzoo.hosts import Teacher
 from mixerzoo.latency import Conditions, environment
@@ -105,16 +106,6 @@ def run_study(
     return content
 
 
-def labels_of(teacher: Teacher, data: Dataset, indices: Sequence[int]) -> torch.Tensor | None:
-    """Return the labels of images, or None if they cannot be the teacher's classes."""
-    labels = load_labels(data, indices)
-    if labels is None or not teacher.classifier:
-        return None
-    classes = int(getattr(teacher.model, "num_classes", 0))
-    fit = len(data.classes) == classes if data.classes else int(labels.max()) < classes
-    return labels if fit else None
-
-
 class _Part:
     """Turns the steps of one group into the progress of all."""
 
@@ -199,7 +190,7 @@ class _Bench:
     @cached_property
     def judge(self) -> Judge:
         """Judges them on test images."""
-        labels = labels_of(self.teacher, self.data, self.test)
+        labels = fitting_labels(self.teacher, self.data, self.test)
         return Judge(self.teacher, image_batches(self.data, self.test, self.teacher.image), labels)
 
     def _measured(self, candidate: Candidate, group: Sequence[Site], on_step: _Part) -> dict[str, Any]:

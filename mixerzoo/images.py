@@ -38,6 +38,8 @@ def eight_bit(image: Image.Image) -> Image.Image:
     """Return an image whose channels have 8 bits, a copy."""
     if image.mode == "P" and "transparency" in image.info:
         return image.convert("RGBA")  # Pillow warns of any other way
+    if image.mode == "LAB":
+        return image.convert("RGB")  # from which there is a way to grey, too
     if image.mode not in DEEP:
         return image.copy()
     values = np.asarray(image).astype(np.float64)
