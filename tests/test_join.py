@@ -205,10 +205,10 @@ def test_a_machine_that_the_search_was_not_measured_on_takes_no_part(here):
 
 
 def join_from_elsewhere():
-    from mixerzoo_search import joining
+    from mixerzoo_search import beginning
 
-    environment = joining.environment
-    joining.environment = lambda conditions: environment(conditions) | {"device_name": "another"}
+    environment = beginning.environment
+    beginning.environment = lambda conditions: environment(conditions) | {"device_name": "another"}
     return join("run")
 
 

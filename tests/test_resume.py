@@ -311,6 +311,55 @@ def test_an_interrupted_search_is_marked_and_goes_on_in_the_same_run(here, monke
     assert len(set(done)) == len(done)
 
 
+def move_elsewhere(folder, **changes):
+    """Let a run be one of another machine."""
+    run = RunDirectory(folder / "run")
+    run.note(environment=run.record()["environment"] | {"device_name": "another"} | changes)
+
+
+@pytest.mark.parametrize("changes", [{}, {"versions": {"torch": "1.0"}}])
+def test_a_search_does_not_go_on_on_another_machine(here, monkeypatch, changes):
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.Evaluator, "evaluate", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            go(here)
+    move_elsewhere(here, **changes)
+    before = all_files(here)
+    with pytest.raises(MixerzooError) as raised:
+        go(here)
+    for text in ("are those of another machine (", " there, ", f"--from {here / 'run'} and another --out"):
+        assert text in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert raised.value.exit_code == 2
+    assert all_files(here) == before
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def all_files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_search_answers_on_another_machine_and_is_made_no_longer_there(here):
+    first = go(here, trials=2)
+    move_elsewhere(here)
+    before = all_files(here)
+    assert go(here, trials=2).summary == first.summary
+    with pytest.raises(MixerzooError, match="are those of another machine"):
+        go(here, trials=3)
+    assert all_files(here) == before
+
+
+def test_a_run_that_does_not_say_where_it_was_measured_goes_on(here):
+    first = go(here, trials=2)
+    record = json.loads((first.path / "run.json").read_text())
+    del record["environment"]
+    (first.path / "run.json").write_text(json.dumps(record))
+    assert without_time(go(here, trials=2).summary) == without_time(first.summary)
+
+
 def spoil(teacher, students, batches, *, on_site):
     """Stand in for a refit that makes students worse."""
     for one in students:

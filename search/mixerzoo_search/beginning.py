@@ -15,6 +15,7 @@ from mixerzoo.library.folder import check_folder
 from mixerzoo.registry import get_registry
 from mixerzoo_search.candidates import Candidates, list_candidates
 from mixerzoo_search.context import Context
+from mixerzoo_search.differences import machines
 from mixerzoo_search.evaluate import FINAL
 from mixerzoo_search.run_directory import RunDirectory
 from mixerzoo_search.starting import Asked
@@ -138,6 +139,27 @@ def begin_run(opened: Opened, library: Path) -> None:
         teacher_ms = _time_teacher(opened.stopwatch)
     begin(run, carried, opened.identity, teacher_ms=teacher_ms, source=str(asked.source.path), **record)
     asked.reporter.note(f"run '{asked.source.path}': taken over into '{run.path}': {carried.told}")
+
+
+def elsewhere(opened: Opened) -> str | None:
+    """Return in what the machine that a begun run was measured on is another one than this; None if it is not."""
+    there = opened.run.record().get("environment")
+    return None if there is None else machines(there, environment(opened.stopwatch.conditions))
+
+
+def demand_measured_here(opened: Opened) -> None:
+    """Refuse a begun run that was measured on another machine: latencies of two are on no common scale.
+
+    Raises:
+        MixerzooError: with the difference.
+    """
+    other = elsewhere(opened)
+    if other is not None:
+        path = opened.run.path
+        raise MixerzooError(
+            f"run '{path}': its latencies are those of another machine ({other}); search with --from {path} and "
+            "another --out, which measures latency anew"
+        )
 
 
 def _time_teacher(stopwatch: Stopwatch) -> float:

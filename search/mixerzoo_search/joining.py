@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixerzoo.errors import MixerzooError
-from mixerzoo.latency import environment, threads
-from mixerzoo_search.beginning import Opened, open_search
+from mixerzoo.latency import threads
+from mixerzoo_search.beginning import Opened, demand_measured_here, open_search
 from mixerzoo_search.claims import counts
-from mixerzoo_search.differences import machines
 from mixerzoo_search.pipeline import (
     SearchResult,
     lead,
@@ -99,11 +98,7 @@ def _take_part(opened: Opened) -> Joined:
     run = ReadOnlyRun(opened.run.path)
     record = run.record()
     opened.run.check(opened.identity)
-    other = machines(record.get("environment") or {}, environment(opened.stopwatch.conditions))
-    if other is not None:
-        raise MixerzooError(
-            f"run '{run.path}': its latencies are those of another machine ({other}); search without --join"
-        )
+    demand_measured_here(opened)
     settings = opened.asked.settings
     with threads(settings.threads):
         context = opened.context(run, record["teacher_ms"])

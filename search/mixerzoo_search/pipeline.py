@@ -13,20 +13,21 @@ from typing import Any
 
 from optuna.study import Study
 
-from mixerzoo.files import write_json, write_text
+from mixerzoo.files import read_json, write_json, write_text
 from mixerzoo.latency import threads
 from mixerzoo.plan import Plan
 from mixerzoo.student import Student, save_student
 from mixerzoo.tracking import Tracker
 from mixerzoo_search import exact
 from mixerzoo_search.additive import AdditiveModel
-from mixerzoo_search.beginning import Opened, begin_run, library_of
+from mixerzoo_search.beginning import Opened, begin_run, demand_measured_here, elsewhere, library_of
 from mixerzoo_search.candidates import Candidates
 from mixerzoo_search.context import Context
 from mixerzoo_search.evaluate import PlanResult
 from mixerzoo_search.finish import finish
 from mixerzoo_search.first_plans import first_plans
 from mixerzoo_search.journal import Journal
+from mixerzoo_search.opened_run import SUMMARY_FILE
 from mixerzoo_search.report import write_report
 from mixerzoo_search.results import make_report, model_card
 from mixerzoo_search.run_directory import RunDirectory
@@ -70,6 +71,11 @@ def lead(opened: Opened) -> SearchResult:
         )
     with threads(settings.threads):
         resumed = run.check(opened.identity)
+        if resumed:
+            finished = _finished_elsewhere(opened)
+            if finished is not None:
+                return finished
+            demand_measured_here(opened)
         library = library_of(asked, run)
         tracker = Tracker(asked.tracking_uri, f"mixerzoo {asked.teacher.name}")
         if not resumed:
@@ -95,6 +101,19 @@ def lead(opened: Opened) -> SearchResult:
         run.note(phase="finished")
         shutil.rmtree(worker_of(run).folder, ignore_errors=True)
     return SearchResult(path=run.path, summary=summary)
+
+
+def _finished_elsewhere(opened: Opened) -> SearchResult | None:
+    """Return what a search found that was finished on another machine, where nothing more is asked of it."""
+    run = opened.run
+    record, other = run.record(), elsewhere(opened)
+    over = record.get("phase") == "finished" and opened.asked.settings.trials <= record["trials"]
+    if other is None or not over:
+        return None
+    opened.asked.reporter.note(
+        f"run '{run.path}' was finished on another machine ({other}); it is shown as it is"
+    )
+    return SearchResult(path=run.path, summary=read_json(run.path / SUMMARY_FILE))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +256,6 @@ def _write(context: Context, findings: Findings, journal: Journal) -> dict[str, 
         save_student(run.path / "best", Student(plan=best.result.plan, model=best.student), context.teacher)
         write_text(run.path / "best" / "README.md", model_card(context, summary))
     write_report(run.path, make_report(context, findings, summary))
-    write_json(run.path / "summary.json", summary)
+    write_json(run.path / SUMMARY_FILE, summary)
     journal.conclude(summary, frontier_of(findings.all_results))
     return summary
