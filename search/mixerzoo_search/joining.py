@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mixerzoo.errors import MixerzooError
 from mixerzoo.latency import threads
+from mixerzoo.locks import lock_of
 from mixerzoo_search.beginning import Opened, demand_measured_here, open_search
 from mixerzoo_search.claims import counts
 from mixerzoo_search.pipeline import (
@@ -118,7 +119,7 @@ def _leading(opened: Opened) -> Iterator[bool]:
     path = opened.run.path
     made = [folder for folder in path.parents if not folder.exists()]
     try:
-        with holding(path.with_name(f".{path.resolve().name}.lock"), wait=False, remove=True) as leads:
+        with holding(lock_of(path), wait=False, remove=True) as leads:
             yield leads
     finally:
         with suppress(OSError):  # what is not empty stays
