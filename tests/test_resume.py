@@ -181,7 +181,7 @@ def assert_whole(folder, undisturbed):
         parent = client.get_run(json.loads((folder / "run" / "run.json").read_text())["mlflow_run_id"])
     assert parent.info.status == "FINISHED"
     mine = [found for found in children if found.data.tags["mlflow.parentRunId"] == parent.info.run_id]
-    finished = [found for found in mine if "on_frontier" in found.data.metrics]
+    finished = [found for found in mine if {"loss", "on_frontier"} <= set(found.data.metrics)]
     assert len({found.info.run_name for found in finished}) >= summary["evaluations"]
 
 
@@ -309,6 +309,30 @@ def test_an_interrupted_search_is_marked_and_goes_on_in_the_same_run(here, monke
     plans = [args[1] for args in calls]
     done = plans[:2] + plans[3:]  # the third was in flight
     assert len(set(done)) == len(done)
+
+
+def test_a_plan_whose_logging_was_killed_is_logged(here, monkeypatch):
+    log = Tracker._log
+
+    def killed(self, run_id, *, params=None, metrics=None, **step):
+        if metrics and "loss" in metrics:
+            raise KeyboardInterrupt
+        log(self, run_id, params=params, metrics=metrics, **step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, "_log", killed)
+        with pytest.raises(KeyboardInterrupt):
+            go(here)
+    parent, left = mlflow_runs(here, here / "run")
+    assert len(left) == len(finished_trials(here)) == 1
+    go(here)
+    with tiny_search.mlflow_client(here) as client:
+        children = client.search_runs(
+            [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+        )
+    with_figures = [child.info.run_name for child in children if "loss" in child.data.metrics]
+    assert left[0] in with_figures
+    assert len(with_figures) == len(set(with_figures))
 
 
 def move_elsewhere(folder, **changes):
