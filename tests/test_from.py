@@ -11,6 +11,7 @@ from tiny_search import check_summary
 from mixerzoo.cli import main
 from mixerzoo.errors import MixerzooError
 from mixerzoo.latency import Stopwatch
+from mixerzoo.progress import Reporter
 from mixerzoo.temporary import temporary_of
 from mixerzoo_search import candidates, context, search, taking_over
 from mixerzoo_search.claims import TAKEN
@@ -265,6 +266,26 @@ def test_other_data_is_refused_and_the_same_elsewhere_is_not(again, first, place
     shutil.copy(place / "data.npz", place / "moved.npz")
     result = again(data=place / "moved.npz", budget="58%", finetune_minutes=0, trials=1)
     assert RunDirectory(result.path).record()["identity"]["data"] == str(place / "moved.npz")
+
+
+@pytest.mark.parametrize(
+    "storage", ["sqlite:////no/such/place/study.db", "nonsense://x", "postgresql://a:***@b/c"]
+)
+def test_a_run_whose_study_cannot_be_read_gives_no_plans_and_says_so(again, first, monkeypatch, storage):
+    copy = first.with_name("unread")
+    shutil.copytree(first, copy)
+    (copy / "study.db").unlink()
+    RunDirectory(copy).note(storage=storage)
+    told = []
+    monkeypatch.setattr(Reporter, "note", lambda self, text: told.append(text))
+    out = copy.with_name("read")
+    result = again(from_run=copy, budget="50%", finetune_minutes=0, trials=1, out=out)
+    assert not [trial for trial in trials_of(result.path) if TAKEN in trial.user_attrs]
+    (line,) = [text for text in told if "taken over into" in text]
+    assert "no evaluated plans (" in line
+    assert storage in line
+    for path in (copy, out):
+        shutil.rmtree(path)
 
 
 def test_what_is_no_run_is_refused(again, place, tmp_path):

@@ -335,6 +335,15 @@ def test_a_plan_whose_logging_was_killed_is_logged(here, monkeypatch):
     assert len(with_figures) == len(set(with_figures))
 
 
+def test_a_study_of_another_search_is_refused_before_anything_is_measured(here):
+    storage = f"sqlite:///{here}/shared.db"
+    first = go(here, trials=2, storage=storage)
+    with pytest.raises(MixerzooError, match="has a study 'run' of another search; give a run directory"):
+        go(here, out=here / "other" / "run", budget="70%", storage=storage)
+    assert not (here / "other").exists()
+    assert without_time(go(here, trials=2, storage=storage).summary) == without_time(first.summary)
+
+
 def move_elsewhere(folder, **changes):
     """Let a run be one of another machine."""
     run = RunDirectory(folder / "run")

@@ -19,7 +19,7 @@ from mixerzoo_search.differences import machines
 from mixerzoo_search.evaluate import FINAL
 from mixerzoo_search.run_directory import RunDirectory
 from mixerzoo_search.starting import Asked
-from mixerzoo_search.study import check_storage
+from mixerzoo_search.study import is_taken, of_another
 from mixerzoo_search.taking_over import begin, carry
 from mixerzoo_search.timing import demand_candidates
 from mixerzoo_search.turns import PoliteStopwatch
@@ -88,8 +88,9 @@ def open_search(asked: Asked) -> Opened:
     if library.resolve() == run.path.resolve():
         raise MixerzooError(f"run directory '{run.path}' is the library's; give another --out or --library")
     check_folder(library)
-    if asked.storage is not None:
-        check_storage(asked.storage)
+    # Asked in this order: another process may just begin the same search.
+    if asked.storage is not None and is_taken(asked.storage, run.study) and not run.begun:
+        raise of_another(asked.storage, run.study)
     return Opened(asked=asked, run=run, candidates=candidates, identity=identity, stopwatch=stopwatch)
 
 

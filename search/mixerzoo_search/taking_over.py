@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import optuna
 from optuna.study import Study
 from optuna.trial import TrialState
 
+from mixerzoo.errors import MixerzooError
 from mixerzoo.files import json_hash, write_json
 from mixerzoo.plan import Candidate, Plan
 from mixerzoo.registry import get_registry
@@ -27,7 +27,7 @@ from mixerzoo_search.context import Context
 from mixerzoo_search.differences import machines
 from mixerzoo_search.evaluate import PlanResult
 from mixerzoo_search.run_directory import RunDirectory
-from mixerzoo_search.study import connect, disconnect
+from mixerzoo_search.study import existing_study
 from mixerzoo_search.timing import FIT_PLANS
 
 TAKEN_FILE = "taken"
@@ -94,13 +94,14 @@ def carry(
                 0, f"latency of {sum(map(len, latency['change_ms'].values()))} candidates at their sites"
             )
         checked = [row for row in source.load("latency_check") or () if _is_of(row["plan"], same)]
-        found = [row for row in _evaluations(source, storage) if _is_of(row["result"]["plan"], same)]
+        evaluated, unread = _evaluations(source, storage)
+        found = [row for row in evaluated if _is_of(row["result"]["plan"], same)]
         files[TAKEN_FILE] = {
             "run": source.path.resolve().name,
             "evaluations": found,
             "latency_check": checked,
         }
-        told.append(f"{len(found)} evaluated plans")
+        told.append(unread or f"{len(found)} evaluated plans")
     teacher_ms = float(record["teacher_ms"]) if why is None else None
     return Carried(files=files, teacher_ms=teacher_ms, why=why, told=", ".join(told))
 
@@ -161,24 +162,23 @@ def weights_of(library: CandidateLibrary, plan: Plan) -> str:
     return json_hash(keys)[:16]
 
 
-def _evaluations(source: RunDirectory, storage: str | None) -> list[dict[str, Any]]:
-    """Return the finished evaluations of a run with their weights; none where its study cannot be read."""
-    if storage is None and not (source.path / "study.db").exists():
-        return []
-    storage = storage or f"sqlite:///{(source.path / 'study.db').resolve()}"
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    database = connect(storage)
+def _evaluations(source: RunDirectory, storage: str | None) -> tuple[list[dict[str, Any]], str]:
+    """Return the finished evaluations of a run with their weights; none, and why, where its study cannot be read."""
+    file = source.path / "study.db"
+    if storage is None and not file.exists():
+        kept = source.record().get("storage")  # known, but for the password
+        return [], "" if kept is None else f"no evaluated plans (its study is in '{kept}'; give --storage)"
+    storage = storage or f"sqlite:///{file.resolve()}"
     try:
-        study = optuna.load_study(study_name=source.study, storage=database)
-        return [
-            {"result": trial.user_attrs[RESULT], "weights": trial.user_attrs[WEIGHTS]}
-            for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-            if {RESULT, WEIGHTS} <= set(trial.user_attrs)
-        ]
-    except KeyError:  # it has not begun yet
-        return []
-    finally:
-        disconnect(database)
+        with existing_study(storage, source.study) as study:  # None where it has not begun yet
+            trials = [] if study is None else study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    except MixerzooError as error:
+        return [], f"no evaluated plans ({error})"
+    return [
+        {"result": trial.user_attrs[RESULT], "weights": trial.user_attrs[WEIGHTS]}
+        for trial in trials
+        if {RESULT, WEIGHTS} <= set(trial.user_attrs)
+    ], ""
 
 
 def _unchanged(identity: Mapping[str, Any], candidates: Candidates) -> set[str]:
