@@ -19,7 +19,7 @@ from mixerzoo.errors import MixerzooError
 from mixerzoo.latency import Stopwatch, reuse
 from mixerzoo.registry import temporary_plugin
 from mixerzoo.tracking import Tracker
-from mixerzoo_search import candidates, evaluate, finish, search
+from mixerzoo_search import candidates, evaluate, finish, pipeline, search
 from mixerzoo_search.run_directory import RunDirectory
 
 SCRIPT = Path(__file__).parent / "tiny_search.py"
@@ -285,6 +285,24 @@ def test_more_trials_make_a_search_longer(here):
     assert result.summary["evaluations"] >= 5
     # Fewer than there are is no reason to throw any away.
     assert go(here, trials=2).summary["evaluations"] >= 5
+
+
+@pytest.mark.parametrize("moment", ["write_text", "write_report"])
+def test_a_longer_search_that_is_killed_leaves_no_student_beside_another_summary(here, monkeypatch, moment):
+    first = go(here, trials=2)
+    before = {path.name: path.read_bytes() for path in first.best.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, moment, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            go(here, trials=5)
+    assert not (first.path / "summary.json").exists()
+    if moment == "write_text":  # the weights of the new student were written, its card was not
+        assert {path.name: path.read_bytes() for path in first.best.iterdir()} == before
+    left = first.path / ".best.1.tmp"
+    left.mkdir()
+    result = go(here, trials=5)
+    assert json.loads((result.best / "plan.json").read_text())["plan"] == result.summary["best"]["plan"]
+    assert not left.exists()
 
 
 def test_an_interrupted_search_is_marked_and_goes_on_in_the_same_run(here, monkeypatch):

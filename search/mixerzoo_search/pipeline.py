@@ -13,10 +13,11 @@ from typing import Any
 
 from optuna.study import Study
 
-from mixerzoo.files import read_json, write_json, write_text
+from mixerzoo.files import read_json, replace_folder, write_json, write_text
 from mixerzoo.latency import threads
 from mixerzoo.plan import Plan
 from mixerzoo.student import Student, save_student
+from mixerzoo.temporary import remove_leftovers
 from mixerzoo.tracking import Tracker
 from mixerzoo_search import exact
 from mixerzoo_search.additive import AdditiveModel
@@ -76,6 +77,7 @@ def lead(opened: Opened) -> SearchResult:
             if finished is not None:
                 return finished
             demand_measured_here(opened)
+            remove_leftovers(run.path)
         library = library_of(asked, run)
         tracker = Tracker(asked.tracking_uri, f"mixerzoo {asked.teacher.name}")
         if not resumed:
@@ -252,9 +254,15 @@ def _write(context: Context, findings: Findings, journal: Journal) -> dict[str, 
     summary = summarize(context, findings)
     for damaged in context.library.files.damaged:
         context.reporter.note(f"library: {damaged} was damaged and has been distilled again")
+    (run.path / SUMMARY_FILE).unlink(missing_ok=True)  # of a shorter search: its student goes away
     if best is not None:
-        save_student(run.path / "best", Student(plan=best.result.plan, model=best.student), context.teacher)
-        write_text(run.path / "best" / "README.md", model_card(context, summary))
+        student, card = Student(plan=best.result.plan, model=best.student), model_card(context, summary)
+
+        def fill(folder: Path) -> None:
+            save_student(folder, student, context.teacher)
+            write_text(folder / "README.md", card)
+
+        replace_folder(run.path / "best", fill)
     write_report(run.path, make_report(context, findings, summary))
     write_json(run.path / SUMMARY_FILE, summary)
     journal.conclude(summary, frontier_of(findings.all_results))

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from mixerzoo.errors import MixerzooError
-from mixerzoo.files import read_json, write_json, write_text
+from mixerzoo.files import read_json, replace_folder, write_json
 from mixerzoo.hosts import Teacher, assemble
 from mixerzoo.student import Student, load_student, save_student
 from mixerzoo.temporary import is_free, remove_leftovers
-from mixerzoo_search.improved import RESULT_FILE, replace_folder
+from mixerzoo_search.improved import RESULT_FILE, fill_folder
 from mixerzoo_search.prune.settings import label
 
 RECORD_FILE = "prune.json"
@@ -119,13 +119,7 @@ class Family:
         self, path: Path, teacher: Teacher, student: Student, card: str, result: Mapping[str, Any]
     ) -> None:
         """Write a student's folder, whole or not at all."""
-
-        def fill(folder: Path) -> None:
-            save_student(folder, student, teacher)
-            write_text(folder / "README.md", card)
-            write_json(folder / RESULT_FILE, dict(result))
-
-        replace_folder(path, fill)
+        replace_folder(path, lambda folder: fill_folder(folder, teacher, student, card, result))
 
     def write_working(
         self, target: float, teacher: Teacher, student: Student, phases: Mapping[str, Any]
