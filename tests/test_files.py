@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from mixerzoo import files
 from mixerzoo.errors import MixerzooError
 from mixerzoo.files import read_json, replace_folder, write_bytes, write_json, write_tensors, write_text
+from mixerzoo.locks import alone
 from mixerzoo.temporary import is_free, remove_leftovers, temporary_of
 
 
@@ -111,6 +112,18 @@ def test_what_killed_processes_were_making_is_removed_and_nothing_else(tmp_path)
     remove_leftovers(tmp_path)
     assert names(tmp_path) == [".hidden.tmp"]
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_has_one_lock_whatever_path_leads_to_it(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    with alone(Path("."), "trains"):
+        assert [path.name for path in tmp_path.glob(".*")] == [".run.lock"]
+        for path in (Path("."), folder, Path("..") / "run"):
+            with pytest.raises(MixerzooError, match=f"'{path}': another process trains there; wait for it"):
+                alone(path, "trains").__enter__()
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_place_is_free_whatever_a_killed_process_was_writing_there(tmp_path):

@@ -288,6 +288,13 @@ def test_a_run_whose_study_cannot_be_read_gives_no_plans_and_says_so(again, firs
         shutil.rmtree(path)
 
 
+def test_the_working_directory_does_not_become_a_run_on_another(again, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MixerzooError, match=r"--out \. is the working directory; with --from"):
+        again(out=".")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_no_run_is_refused(again, place, tmp_path):
     with pytest.raises(MixerzooError, match=r"is not a run directory: it has no run\.json"):
         again(from_run=tmp_path)

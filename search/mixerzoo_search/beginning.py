@@ -84,6 +84,10 @@ def open_search(asked: Asked) -> Opened:
     }
     run = _free_directory(asked.run, identity) if asked.numbered else asked.run
     run.check(identity)
+    if asked.source is not None and run.path.resolve() == Path.cwd():
+        raise MixerzooError(
+            f"--out {run.path} is the working directory; with --from, give --out the name of a new one"
+        )
     library = library_of(asked, run)
     if library.resolve() == run.path.resolve():
         raise MixerzooError(f"run directory '{run.path}' is the library's; give another --out or --library")
