@@ -10,10 +10,11 @@ from tiny_search import check_summary
 
 from mixerzoo.cli import main
 from mixerzoo.errors import MixerzooError
-from mixerzoo.latency import Stopwatch
+from mixerzoo.latency import Stopwatch, store
+from mixerzoo.latency.store import code_of
 from mixerzoo.progress import Reporter
 from mixerzoo.temporary import temporary_of
-from mixerzoo_search import candidates, context, search, taking_over
+from mixerzoo_search import candidates, context, search, taking_over, timing
 from mixerzoo_search.claims import TAKEN
 from mixerzoo_search.evaluate import Evaluator
 from mixerzoo_search.run_directory import RunDirectory
@@ -189,6 +190,19 @@ def test_more_mixers_are_made_and_the_others_are_not(again, first, work):
     ]
     assert any(candidate.startswith("fnet") for candidate in new)
     assert result.summary["met"]
+
+
+def test_of_a_mixer_that_was_edited_no_latency_is_taken_over(again, first, monkeypatch):
+    def edited(text):
+        return "edited" if text.startswith("static") else code_of(text)
+
+    for module in (taking_over, timing, store):
+        monkeypatch.setattr(module, "code_of", edited)
+    result = again(finetune_minutes=0, trials=1, out=first.with_name("edited"))
+    taken = [trial.params for trial in trials_of(result.path) if TAKEN in trial.user_attrs]
+    assert not [text for params in taken for text in params.values() if text.startswith("static")]
+    code = RunDirectory(result.path).load("latency")["code"]["blocks.0.attn"]
+    assert {text.split("@")[0] for text in code if code[text] == "edited"} == {"static"}
 
 
 def test_another_seed_is_one_of_the_study(again, first, work):

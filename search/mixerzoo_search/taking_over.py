@@ -17,6 +17,7 @@ from optuna.trial import TrialState
 
 from mixerzoo.errors import MixerzooError
 from mixerzoo.files import json_hash, write_json
+from mixerzoo.latency.store import code_of
 from mixerzoo.plan import Candidate, Plan
 from mixerzoo.registry import get_registry
 from mixerzoo.temporary import is_free
@@ -62,8 +63,8 @@ def carry(
     """Gather what a run with these candidates can take from `source`, finished or not; writes nothing.
 
     Latencies, and the evaluations that hold some, carry over from the same machine and versions only; so do those of
-    a mixer from the same version of its plugin. The gradient steps that the run has chosen count again, so that
-    nothing has to be distilled, unless there are candidates that it did not have.
+    a mixer from the same version of its plugin, and with the same code. The gradient steps that the run has chosen
+    count again, so that nothing has to be distilled, unless there are candidates that it did not have.
 
     Args:
         source: the earlier run.
@@ -74,7 +75,8 @@ def carry(
     """
     record = source.record()
     why = machines(record.get("environment") or {}, environment)
-    same = _unchanged(record["identity"], candidates)
+    latency = source.load("latency")
+    same = _unchanged(record["identity"], candidates) - _other_code(latency)
     files: dict[str, Any] = {}
     for name in ("statistics", "scores"):
         content = source.load(name)
@@ -87,9 +89,8 @@ def carry(
         files["stepped"] = stepped
     told = [f"{len(files.get('scores', ()))} scores"]
     if why is None:
-        latency = _latencies(source.load("latency"), same)
         if latency is not None:
-            files["latency"] = latency
+            files["latency"] = latency = _latencies(latency, same)
             told.insert(
                 0, f"latency of {sum(map(len, latency['change_ms'].values()))} candidates at their sites"
             )
@@ -189,10 +190,19 @@ def _unchanged(identity: Mapping[str, Any], candidates: Candidates) -> set[str]:
     return {name for name, origin in origins.items() if versions.get(origin.distribution) == origin.version}
 
 
-def _latencies(stored: Any, mixers: set[str]) -> dict[str, Any] | None:
+def _other_code(stored: Any) -> set[str]:
+    """Return the mixers that were timed, by a run's `latency.json`, with other code than they have now."""
+    rows = {} if stored is None else stored.get("code") or {}
+    return {
+        Candidate.parse(text).mixer
+        for row in rows.values()
+        for text, code in row.items()
+        if code != code_of(text)
+    }
+
+
+def _latencies(stored: Mapping[str, Any], mixers: set[str]) -> dict[str, Any]:
     """Return a run's `latency.json` with the candidates of these mixers only."""
-    if stored is None:
-        return None
     tables = {
         part: {
             site: {name: value for name, value in row.items() if Candidate.parse(name).mixer in mixers}
