@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,40 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
     content = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
     write_bytes(path, content)
     return hashlib.sha256(content).hexdigest()
+
+
+def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a folder beside its place, then rename it: it is there whole, or not at all.
+
+    Raises:
+        MixerzooError: if it cannot be written.
+    """
+    if folder.resolve() == Path.cwd():
+        raise MixerzooError(
+            f"'{folder}' is the working directory, which cannot be replaced; give another --out"
+        )
+    temporary = temporary_of(folder)
+    old = temporary.with_suffix(".old")
+    put_back(folder)
+    try:
+        fill(temporary)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+    except OSError as error:
+        raise MixerzooError(f"'{folder}' cannot be written ({error.strerror}); give another --out") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        put_back(folder)
+
+
+def put_back(folder: Path) -> None:
+    """Give a folder its place again if `replace_folder` ended between its two renames; else remove what it replaced."""
+    for old in folder.parent.glob(f".{glob.escape(folder.name)}.*.old"):
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(folder)
 
 
 def json_hash(content: Any) -> str:

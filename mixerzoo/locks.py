@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from mixerzoo.errors import MixerzooError
 
 LIBRARY = "library.lock"  # marks a folder as a library, and is shared by the processes that use it
 
@@ -48,6 +50,39 @@ def held(path: Path, *, wait: bool = True) -> Iterator[bool]:
         with suppress(OSError):  # Windows removes no file that is open
             path.unlink()
         os.close(descriptor)
+
+
+@contextmanager
+def alone(folder: Path, does: str) -> Iterator[None]:
+    """Keep other processes from working in a folder during the block, by a lock beside it.
+
+    Args:
+        folder: which need not be there; its parent is made.
+        does: what another process does there, such as `trains`.
+
+    Raises:
+        MixerzooError: if one does, or the lock cannot be made.
+    """
+    lock = lock_of(folder)
+    with ExitStack() as stack:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            free = stack.enter_context(held(lock, wait=False))
+        except OSError as error:
+            raise MixerzooError(
+                f"'{folder}' cannot be written ({error.strerror}); give another --out"
+            ) from None
+        if not free:
+            raise MixerzooError(
+                f"'{folder}': another process {does} there; wait for it, or give another --out"
+            )
+        yield
+
+
+def lock_of(folder: Path) -> Path:
+    """Return the file beside a folder whose lock is the folder's, whatever path leads to the folder."""
+    there = folder.resolve()
+    return there.with_name(f".{there.name}.lock")
 
 
 def _lock(descriptor: int, *, shared: bool, wait: bool) -> bool:

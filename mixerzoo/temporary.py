@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 _NAME = re.compile(r"\..+\.\d+\.tmp")
@@ -12,6 +13,16 @@ _NAME = re.compile(r"\..+\.\d+\.tmp")
 def temporary_of(path: Path) -> Path:
     """Return where this process makes what is then renamed to `path`: beside it, so that a rename is enough."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes were making in a folder; the caller works there alone."""
+    for found in folder.iterdir():
+        if _NAME.fullmatch(found.name):
+            if found.is_dir():
+                shutil.rmtree(found, ignore_errors=True)
+            else:
+                found.unlink(missing_ok=True)
 
 
 def is_free(path: Path) -> bool:

@@ -112,13 +112,18 @@ class Tracker:
             return True
 
     def children(self, parent_id: str) -> dict[str, str]:
-        """Return name -> run id of the children that a run has, so that a resumed search adds none twice."""
+        """Return name -> run id of a run's finished children, so that a resumed search adds none twice.
+
+        One that is not finished may be without its figures: the process that wrote it was killed.
+        """
         with self._answering("read from"):
             found: dict[str, str] = {}
             token: str | None = None
             while True:
                 page = self._client.search_runs(
-                    [self.experiment_id], f"tags.`{PARENT_TAG}` = '{parent_id}'", page_token=token
+                    [self.experiment_id],
+                    f"tags.`{PARENT_TAG}` = '{parent_id}' and attributes.status = 'FINISHED'",
+                    page_token=token,
                 )
                 found.update({run.info.run_name: run.info.run_id for run in page})
                 token = page.token

@@ -25,9 +25,11 @@ from mixerzoo.data import ImageConfig, image_batches, open_npz
 from mixerzoo.denormals import tiny_as_zero
 from mixerzoo.errors import MixerzooError
 from mixerzoo.hosts import Replacement, assemble
+from mixerzoo.locks import held, lock_of
 from mixerzoo.opening import open_teacher
 from mixerzoo.plan import Candidate
 from mixerzoo.registry import get_registry, temporary_plugin
+from mixerzoo_search.far import run as far_run
 from mixerzoo_search.far import training as far_training
 from mixerzoo_search.far.images import TrainingImages, seeded
 from mixerzoo_search.far.student import (
@@ -501,6 +503,31 @@ def test_a_finished_run_is_not_trained_again(place, here, monkeypatch):
     monkeypatch.setattr(Trainer, "epoch", None)
     told = run("--epochs", "6", "--lr", "0.005", "--json")
     assert json.loads(told.stdout) == result_of(here)
+
+
+@pytest.mark.parametrize("moment", ["remove_checkpoint", "_log"])
+def test_what_was_trained_and_not_logged_is_logged_by_the_next_start(here, monkeypatch, moment):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(far_run, moment, killed)
+        told = CliRunner().invoke(main, ["distill", *BASE, "--epochs", "2"])
+    assert told.exit_code == 1
+    before = result_of(here)
+    monkeypatch.setattr(Trainer, "epoch", None)
+    run("--epochs", "2")
+    assert result_of(here) == before
+    assert {path.name for path in (here / "run").iterdir()} == FILES
+    test_mlflow_has_the_run(here)
+
+
+def test_two_processes_do_not_train_in_one_folder(here):
+    with held(lock_of(here / "run"), wait=False):
+        told = run("--epochs", "2", code=2)
+    assert "'run': another process trains there; wait for it, or give another --out" in told.stderr
+    assert told.stderr.count("\n") == 1
+    assert not (here / "run").exists()
 
 
 def test_another_run_in_the_same_folder_is_refused_with_the_difference(place, here):

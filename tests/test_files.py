@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from safetensors.torch import load_file
 
 from mixerzoo import files
 from mixerzoo.errors import MixerzooError
-from mixerzoo.files import read_json, write_bytes, write_json, write_tensors, write_text
-from mixerzoo.temporary import is_free, temporary_of
+from mixerzoo.files import read_json, replace_folder, write_bytes, write_json, write_tensors, write_text
+from mixerzoo.locks import alone
+from mixerzoo.temporary import is_free, remove_leftovers, temporary_of
 
 
 class Killed(BaseException):
@@ -53,6 +55,75 @@ def test_the_old_content_stays_until_the_new_is_whole(tmp_path, monkeypatch, ste
         write_json(path, {"new": True})
     assert read_json(path) == {"old": True}
     assert names(tmp_path) == ["f.json"]
+
+
+def writes(text):
+    return lambda folder: write_text(folder / "a", text)
+
+
+def contents(folder):
+    return {path.name: (path / "a").read_text() for path in folder.iterdir()}
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "best"
+    replace_folder(folder, writes("old"))
+    replace_folder(folder, writes("new"))
+    assert contents(tmp_path) == {"best": "new"}
+
+    def killed(place):
+        write_text(place / "a", "half")
+        raise Killed
+
+    with pytest.raises(Killed):
+        replace_folder(folder, killed)
+    assert contents(tmp_path) == {"best": "new"}
+
+
+def test_a_folder_that_a_killed_process_had_put_aside_is_put_back(tmp_path):
+    folder = tmp_path / "best"
+    aside = tmp_path / ".best.1.old"
+    write_text(aside / "a", "old")
+
+    def fails(place):
+        assert contents(tmp_path) == {"best": "old"}
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(MixerzooError, match=r"best' cannot be written \(No space left on device\)"):
+        replace_folder(folder, fails)
+    assert contents(tmp_path) == {"best": "old"}
+    write_text(aside / "a", "older")
+    replace_folder(folder, writes("new"))
+    assert contents(tmp_path) == {"best": "new"}
+
+
+def test_the_working_directory_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        MixerzooError, match="working directory, which cannot be replaced; give another --out"
+    ):
+        replace_folder(Path("."), writes("new"))
+
+
+def test_what_killed_processes_were_making_is_removed_and_nothing_else(tmp_path):
+    temporary_of(tmp_path / "a.json").write_text('{"half')
+    write_text(temporary_of(tmp_path / "best") / "a", "half")
+    write_text(tmp_path / ".hidden.tmp", "mine")
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == [".hidden.tmp"]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_has_one_lock_whatever_path_leads_to_it(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    with alone(Path("."), "trains"):
+        assert [path.name for path in tmp_path.glob(".*")] == [".run.lock"]
+        for path in (Path("."), folder, Path("..") / "run"):
+            with pytest.raises(MixerzooError, match=f"'{path}': another process trains there; wait for it"):
+                alone(path, "trains").__enter__()
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_place_is_free_whatever_a_killed_process_was_writing_there(tmp_path):

@@ -10,9 +10,11 @@ from tiny_search import check_summary
 
 from mixerzoo.cli import main
 from mixerzoo.errors import MixerzooError
-from mixerzoo.latency import Stopwatch
+from mixerzoo.latency import Stopwatch, store
+from mixerzoo.latency.store import code_of
+from mixerzoo.progress import Reporter
 from mixerzoo.temporary import temporary_of
-from mixerzoo_search import candidates, context, search, taking_over
+from mixerzoo_search import candidates, context, search, taking_over, timing
 from mixerzoo_search.claims import TAKEN
 from mixerzoo_search.evaluate import Evaluator
 from mixerzoo_search.run_directory import RunDirectory
@@ -190,6 +192,19 @@ def test_more_mixers_are_made_and_the_others_are_not(again, first, work):
     assert result.summary["met"]
 
 
+def test_of_a_mixer_that_was_edited_no_latency_is_taken_over(again, first, monkeypatch):
+    def edited(text):
+        return "edited" if text.startswith("static") else code_of(text)
+
+    for module in (taking_over, timing, store):
+        monkeypatch.setattr(module, "code_of", edited)
+    result = again(finetune_minutes=0, trials=1, out=first.with_name("edited"))
+    taken = [trial.params for trial in trials_of(result.path) if TAKEN in trial.user_attrs]
+    assert not [text for params in taken for text in params.values() if text.startswith("static")]
+    code = RunDirectory(result.path).load("latency")["code"]["blocks.0.attn"]
+    assert {text.split("@")[0] for text in code if code[text] == "edited"} == {"static"}
+
+
 def test_another_seed_is_one_of_the_study(again, first, work):
     result = again(seed=5, budget=None, finetune_minutes=0, out=first.with_name("seed"))
     assert (work["captured"], work["distilled"]) == (0, 0)
@@ -265,6 +280,33 @@ def test_other_data_is_refused_and_the_same_elsewhere_is_not(again, first, place
     shutil.copy(place / "data.npz", place / "moved.npz")
     result = again(data=place / "moved.npz", budget="58%", finetune_minutes=0, trials=1)
     assert RunDirectory(result.path).record()["identity"]["data"] == str(place / "moved.npz")
+
+
+@pytest.mark.parametrize(
+    "storage", ["sqlite:////no/such/place/study.db", "nonsense://x", "postgresql://a:***@b/c"]
+)
+def test_a_run_whose_study_cannot_be_read_gives_no_plans_and_says_so(again, first, monkeypatch, storage):
+    copy = first.with_name("unread")
+    shutil.copytree(first, copy)
+    (copy / "study.db").unlink()
+    RunDirectory(copy).note(storage=storage)
+    told = []
+    monkeypatch.setattr(Reporter, "note", lambda self, text: told.append(text))
+    out = copy.with_name("read")
+    result = again(from_run=copy, budget="50%", finetune_minutes=0, trials=1, out=out)
+    assert not [trial for trial in trials_of(result.path) if TAKEN in trial.user_attrs]
+    (line,) = [text for text in told if "taken over into" in text]
+    assert "no evaluated plans (" in line
+    assert storage in line
+    for path in (copy, out):
+        shutil.rmtree(path)
+
+
+def test_the_working_directory_does_not_become_a_run_on_another(again, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MixerzooError, match=r"--out \. is the working directory; with --from"):
+        again(out=".")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_no_run_is_refused(again, place, tmp_path):

@@ -178,6 +178,16 @@ def test_another_search_of_the_same_is_refused_and_takes_part_where_it_says_so(h
     assert_none_lost_or_doubled()
 
 
+def test_the_working_directory_can_be_joined(here, monkeypatch):
+    found = lead(trials=1)
+    uri = f"sqlite:///{here}/mlflow.db"
+    monkeypatch.chdir(here / "run")
+    Path("evaluated.txt").unlink(missing_ok=True)
+    again = join(".", model="tiny", data=here / "data.npz", tracking_uri=uri)
+    assert again.summary["best"] == found.summary["best"]
+    assert {path.name for path in here.glob(".run*")} == set()
+
+
 def test_what_cannot_be_joined_is_refused(here):
     with pytest.raises(MixerzooError, match=r"'run' is not a run directory: it has no run\.json"):
         join("run")
@@ -205,10 +215,10 @@ def test_a_machine_that_the_search_was_not_measured_on_takes_no_part(here):
 
 
 def join_from_elsewhere():
-    from mixerzoo_search import joining
+    from mixerzoo_search import beginning
 
-    environment = joining.environment
-    joining.environment = lambda conditions: environment(conditions) | {"device_name": "another"}
+    environment = beginning.environment
+    beginning.environment = lambda conditions: environment(conditions) | {"device_name": "another"}
     return join("run")
 
 

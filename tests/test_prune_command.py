@@ -10,14 +10,18 @@ from click.testing import CliRunner
 
 import mixerzoo
 from mixerzoo.cli import main
+from mixerzoo.errors import MixerzooError
 from mixerzoo.hosts import assemble, count_params
+from mixerzoo.locks import held, lock_of
 from mixerzoo.opening import open_teacher
 from mixerzoo.plan import Candidate, Plan
+from mixerzoo.pruning.targets import Thresholds
 from mixerzoo.student import Student, make_replacement, save_student
 from mixerzoo.temporary import temporary_of
 from mixerzoo_search import search
 from mixerzoo_search.prune import work as prune_module
 from mixerzoo_search.prune.family import Family
+from mixerzoo_search.run_directory import RunDirectory
 
 FILES = {"README.md", "model.safetensors", "plan.json", "result.json"}
 QUICK = ("--steps", "6", "--finetune-steps", "4", "--quiet", "--threads", "1")
@@ -168,6 +172,71 @@ def test_what_was_killed_goes_on(here):
     assert one["test"] == other["test"]
 
 
+def run_of(folder):
+    """Return the MLflow run of a family, and the names of its children."""
+    with tiny_search.mlflow_client(folder.parent) as client:
+        found = client.get_run(record(folder)["mlflow_run_id"])
+        children = client.search_runs(
+            [found.info.experiment_id], f"tags.`mlflow.parentRunId` = '{found.info.run_id}'"
+        )
+    return found, [child.info.run_name for child in children]
+
+
+@pytest.mark.parametrize("moment", ["note_penalised", "note_student"])
+def test_what_was_written_and_not_noted_is_noted_and_logged_by_the_next_start(here, monkeypatch, moment):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Family, moment, killed)
+        assert run("--targets", "45%", "--out", "mine").exit_code != 0
+    family = here / "mine"
+    left = temporary_of(family / "pruned-45")
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    if moment == "note_student":
+        monkeypatch.setattr(prune_module.Work, "_pruned", None)
+    told = run("--targets", "45%", "--out", "mine")
+    assert told.exit_code == 0, told.stderr
+    assert {path.name for path in family.iterdir()} == {"prune.json", "penalised", "pruned-45"}
+    content = record(family)
+    assert content["penalised"]["steps"] == 6
+    assert list(content["students"]) == ["45"]
+    assert "curve" not in json.dumps(content)
+    found, children = run_of(family)
+    assert (found.info.status, children) == ("FINISHED", ["pruned-45"])
+
+
+def test_a_target_that_fails_after_the_training_takes_no_other_with_it(here, monkeypatch):
+    real = Thresholds.reach
+
+    def reach(self, target, **options):
+        if target == 0.7:
+            raise MixerzooError("the student takes 69.9% of it as it is; give a lower target")
+        return real(self, target, **options)
+
+    monkeypatch.setattr(Thresholds, "reach", reach)
+    told = run("--targets", "70%,45%", "--out", "mine")
+    refused(told, "69.9% of it as it is")
+    assert list(record(here / "mine")["students"]) == ["45"]
+
+
+def test_a_target_that_was_reached_is_not_checked_again(here, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(prune_module.Pruner, "tuned", None)
+        with pytest.raises(TypeError):
+            run("--targets", "45%", "--out", "mine")
+    monkeypatch.setattr(Thresholds, "demand_reachable", None)
+    told = run("--targets", "45%", "--out", "mine")
+    assert told.exit_code == 0, told.stderr
+
+
+def test_two_processes_do_not_prune_into_one_folder(here):
+    with held(lock_of(here / "mine"), wait=False):
+        refused(run("--targets", "45%", "--out", "mine"), "'mine': another process prunes there")
+    assert not (here / "mine").exists()
+
+
 def test_parameters_and_operations_can_be_targets_too(here):
     quick = ("--steps", "0", "--finetune-steps", "0", "--quiet", "--threads", "1")
     for by in ("params", "flops"):
@@ -244,3 +313,11 @@ def test_the_best_student_of_a_search_is_pruned_on_the_scale_of_its_run(here):
     row = record(here / "searched" / "pruned")["students"]["40"]
     assert row["teacher_ms"] == found["teacher"]["latency_ms"]
     assert row["latency_ms"] < found["best"]["latency_ms"]
+    # Another number of threads, or another machine, has another scale.
+    RunDirectory(here / "searched").note(teacher_ms=99.0)
+    counted = ("--by", "params", "--targets", "40%", "--steps", "0", "--finetune-steps", "0", "--quiet")
+    for threads, ms in (("1", 99.0), ("2", found["teacher"]["latency_ms"])):
+        words = ["prune", "searched", *counted, "--threads", threads, "--out", threads]
+        assert CliRunner().invoke(main, words, catch_exceptions=False).exit_code == 0
+        content = record(here / threads)
+        assert content["before"]["teacher_ms"] == content["students"]["40"]["teacher_ms"] == ms

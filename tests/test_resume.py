@@ -19,7 +19,7 @@ from mixerzoo.errors import MixerzooError
 from mixerzoo.latency import Stopwatch, reuse
 from mixerzoo.registry import temporary_plugin
 from mixerzoo.tracking import Tracker
-from mixerzoo_search import candidates, evaluate, finish, search
+from mixerzoo_search import candidates, evaluate, finish, pipeline, search
 from mixerzoo_search.run_directory import RunDirectory
 
 SCRIPT = Path(__file__).parent / "tiny_search.py"
@@ -181,7 +181,7 @@ def assert_whole(folder, undisturbed):
         parent = client.get_run(json.loads((folder / "run" / "run.json").read_text())["mlflow_run_id"])
     assert parent.info.status == "FINISHED"
     mine = [found for found in children if found.data.tags["mlflow.parentRunId"] == parent.info.run_id]
-    finished = [found for found in mine if "on_frontier" in found.data.metrics]
+    finished = [found for found in mine if {"loss", "on_frontier"} <= set(found.data.metrics)]
     assert len({found.info.run_name for found in finished}) >= summary["evaluations"]
 
 
@@ -287,6 +287,24 @@ def test_more_trials_make_a_search_longer(here):
     assert go(here, trials=2).summary["evaluations"] >= 5
 
 
+@pytest.mark.parametrize("moment", ["write_text", "write_report"])
+def test_a_longer_search_that_is_killed_leaves_no_student_beside_another_summary(here, monkeypatch, moment):
+    first = go(here, trials=2)
+    before = {path.name: path.read_bytes() for path in first.best.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, moment, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            go(here, trials=5)
+    assert not (first.path / "summary.json").exists()
+    if moment == "write_text":  # the weights of the new student were written, its card was not
+        assert {path.name: path.read_bytes() for path in first.best.iterdir()} == before
+    left = first.path / ".best.1.tmp"
+    left.mkdir()
+    result = go(here, trials=5)
+    assert json.loads((result.best / "plan.json").read_text())["plan"] == result.summary["best"]["plan"]
+    assert not left.exists()
+
+
 def test_an_interrupted_search_is_marked_and_goes_on_in_the_same_run(here, monkeypatch):
     evaluate_plan, calls = evaluate.Evaluator.evaluate, []
 
@@ -309,6 +327,88 @@ def test_an_interrupted_search_is_marked_and_goes_on_in_the_same_run(here, monke
     plans = [args[1] for args in calls]
     done = plans[:2] + plans[3:]  # the third was in flight
     assert len(set(done)) == len(done)
+
+
+def test_a_plan_whose_logging_was_killed_is_logged(here, monkeypatch):
+    log = Tracker._log
+
+    def killed(self, run_id, *, params=None, metrics=None, **step):
+        if metrics and "loss" in metrics:
+            raise KeyboardInterrupt
+        log(self, run_id, params=params, metrics=metrics, **step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, "_log", killed)
+        with pytest.raises(KeyboardInterrupt):
+            go(here)
+    parent, left = mlflow_runs(here, here / "run")
+    assert len(left) == len(finished_trials(here)) == 1
+    go(here)
+    with tiny_search.mlflow_client(here) as client:
+        children = client.search_runs(
+            [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+        )
+    with_figures = [child.info.run_name for child in children if "loss" in child.data.metrics]
+    assert left[0] in with_figures
+    assert len(with_figures) == len(set(with_figures))
+
+
+def test_a_study_of_another_search_is_refused_before_anything_is_measured(here):
+    storage = f"sqlite:///{here}/shared.db"
+    first = go(here, trials=2, storage=storage)
+    with pytest.raises(MixerzooError, match="has a study 'run' of another search; give a run directory"):
+        go(here, out=here / "other" / "run", budget="70%", storage=storage)
+    assert not (here / "other").exists()
+    assert without_time(go(here, trials=2, storage=storage).summary) == without_time(first.summary)
+
+
+def move_elsewhere(folder, **changes):
+    """Let a run be one of another machine."""
+    run = RunDirectory(folder / "run")
+    run.note(environment=run.record()["environment"] | {"device_name": "another"} | changes)
+
+
+@pytest.mark.parametrize("changes", [{}, {"versions": {"torch": "1.0"}}])
+def test_a_search_does_not_go_on_on_another_machine(here, monkeypatch, changes):
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.Evaluator, "evaluate", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            go(here)
+    move_elsewhere(here, **changes)
+    before = all_files(here)
+    with pytest.raises(MixerzooError) as raised:
+        go(here)
+    for text in ("are those of another machine (", " there, ", f"--from {here / 'run'} and another --out"):
+        assert text in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert raised.value.exit_code == 2
+    assert all_files(here) == before
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def all_files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_search_answers_on_another_machine_and_is_made_no_longer_there(here):
+    first = go(here, trials=2)
+    move_elsewhere(here)
+    before = all_files(here)
+    assert go(here, trials=2).summary == first.summary
+    with pytest.raises(MixerzooError, match="are those of another machine"):
+        go(here, trials=3)
+    assert all_files(here) == before
+
+
+def test_a_run_that_does_not_say_where_it_was_measured_goes_on(here):
+    first = go(here, trials=2)
+    record = json.loads((first.path / "run.json").read_text())
+    del record["environment"]
+    (first.path / "run.json").write_text(json.dumps(record))
+    assert without_time(go(here, trials=2).summary) == without_time(first.summary)
 
 
 def spoil(teacher, students, batches, *, on_site):

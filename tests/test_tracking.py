@@ -87,6 +87,13 @@ def test_a_parent_is_resumed(tracker: Tracker) -> None:
     assert not elsewhere.resume_parent(parent)
 
 
+def test_a_child_that_a_killed_process_left_without_figures_does_not_count(tracker: Tracker) -> None:
+    parent = tracker.start_parent("killed", {})
+    tracker._client.create_run(tracker.experiment_id, run_name="half", tags={PARENT_TAG: parent})
+    whole = tracker.log_child(parent, "whole", plan=PLAN, short_name="A1-S2", metrics={})
+    assert tracker.children(parent) == {"whole": whole}
+
+
 def test_more_sites_than_mlflow_takes_at_once(tracker: Tracker) -> None:
     plan = Plan(tuple((f"layer[{at}].attn", Candidate("static")) for at in range(250)))
     parent = tracker.start_parent("large", {f"p{at}": "x" * 7000 for at in range(120)})

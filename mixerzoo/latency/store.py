@@ -101,7 +101,7 @@ class LatencyFile:
     def read(self) -> Entries:
         """Return what is kept of the code as it is now."""
         return {
-            shape: {text: kept for text, kept in row.items() if kept.code == _code(text)}
+            shape: {text: kept for text, kept in row.items() if kept.code == code_of(text)}
             for shape, row in self._all().items()
         }
 
@@ -114,7 +114,7 @@ class LatencyFile:
             for text, value in row.items():
                 ran = isinstance(value, InPlace)
                 entries.setdefault(shape, {})[text] = Kept(
-                    code=_code(text),
+                    code=code_of(text),
                     measured=now,
                     checked=now,
                     placed=value if isinstance(value, InPlace) else None,
@@ -220,7 +220,7 @@ def architecture(teacher: Teacher) -> str:
     return json_hash([modules, [site.to_json() for site in teacher.sites], list(teacher.image.size)])[:16]
 
 
-def _code(text: str) -> str:
+def code_of(text: str) -> str:
     """Return the hash of a candidate's code; nothing for a mixer that is not there."""
     mixers, mixer = get_registry().mixers, Candidate.parse(text).mixer
     if mixer not in mixers:

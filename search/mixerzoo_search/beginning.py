@@ -15,10 +15,11 @@ from mixerzoo.library.folder import check_folder
 from mixerzoo.registry import get_registry
 from mixerzoo_search.candidates import Candidates, list_candidates
 from mixerzoo_search.context import Context
+from mixerzoo_search.differences import machines
 from mixerzoo_search.evaluate import FINAL
 from mixerzoo_search.run_directory import RunDirectory
 from mixerzoo_search.starting import Asked
-from mixerzoo_search.study import check_storage
+from mixerzoo_search.study import is_taken, of_another
 from mixerzoo_search.taking_over import begin, carry
 from mixerzoo_search.timing import demand_candidates
 from mixerzoo_search.turns import PoliteStopwatch
@@ -83,12 +84,17 @@ def open_search(asked: Asked) -> Opened:
     }
     run = _free_directory(asked.run, identity) if asked.numbered else asked.run
     run.check(identity)
+    if asked.source is not None and run.path.resolve() == Path.cwd():
+        raise MixerzooError(
+            f"--out {run.path} is the working directory; with --from, give --out the name of a new one"
+        )
     library = library_of(asked, run)
     if library.resolve() == run.path.resolve():
         raise MixerzooError(f"run directory '{run.path}' is the library's; give another --out or --library")
     check_folder(library)
-    if asked.storage is not None:
-        check_storage(asked.storage)
+    # Asked in this order: another process may just begin the same search.
+    if asked.storage is not None and is_taken(asked.storage, run.study) and not run.begun:
+        raise of_another(asked.storage, run.study)
     return Opened(asked=asked, run=run, candidates=candidates, identity=identity, stopwatch=stopwatch)
 
 
@@ -139,6 +145,27 @@ def begin_run(opened: Opened, library: Path) -> None:
         teacher_ms = _time_teacher(opened.stopwatch)
     begin(run, carried, opened.identity, teacher_ms=teacher_ms, source=str(asked.source.path), **record)
     asked.reporter.note(f"run '{asked.source.path}': taken over into '{run.path}': {carried.told}")
+
+
+def elsewhere(opened: Opened) -> str | None:
+    """Return in what the machine that a begun run was measured on is another one than this; None if it is not."""
+    there = opened.run.record().get("environment")
+    return None if there is None else machines(there, environment(opened.stopwatch.conditions))
+
+
+def demand_measured_here(opened: Opened) -> None:
+    """Refuse a begun run that was measured on another machine: latencies of two are on no common scale.
+
+    Raises:
+        MixerzooError: with the difference.
+    """
+    other = elsewhere(opened)
+    if other is not None:
+        path = opened.run.path
+        raise MixerzooError(
+            f"run '{path}': its latencies are those of another machine ({other}); search with --from {path} and "
+            "another --out, which measures latency anew"
+        )
 
 
 def _time_teacher(stopwatch: Stopwatch) -> float:

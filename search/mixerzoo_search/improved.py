@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from mixerzoo.plan import Plan
 from mixerzoo.score import Evaluation
 from mixerzoo.significance import CHANGE, change_text
 from mixerzoo.student import Student, save_student
-from mixerzoo.temporary import temporary_of
 from mixerzoo_search.context import Context
 
 RESULT_FILE = "result.json"
@@ -138,28 +136,6 @@ def fill_folder(
     save_student(folder, student, teacher)
     write_text(folder / "README.md", card)
     write_json(folder / RESULT_FILE, dict(result))
-
-
-def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a folder beside its place, then rename it: it is there whole, or not at all.
-
-    Raises:
-        MixerzooError: if it cannot be written.
-    """
-    temporary = temporary_of(folder)
-    old = temporary.with_suffix(".old")
-    try:
-        fill(temporary)
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-    except OSError as error:
-        raise MixerzooError(f"'{folder}' cannot be written ({error.strerror}); give another --out") from None
-    finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _text(value: float | None, form: str, nothing: str = "") -> str:

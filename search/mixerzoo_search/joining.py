@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixerzoo.errors import MixerzooError
-from mixerzoo.latency import environment, threads
-from mixerzoo_search.beginning import Opened, open_search
+from mixerzoo.latency import threads
+from mixerzoo.locks import lock_of
+from mixerzoo_search.beginning import Opened, demand_measured_here, open_search
 from mixerzoo_search.claims import counts
-from mixerzoo_search.differences import machines
 from mixerzoo_search.pipeline import (
     SearchResult,
     lead,
@@ -99,11 +99,7 @@ def _take_part(opened: Opened) -> Joined:
     run = ReadOnlyRun(opened.run.path)
     record = run.record()
     opened.run.check(opened.identity)
-    other = machines(record.get("environment") or {}, environment(opened.stopwatch.conditions))
-    if other is not None:
-        raise MixerzooError(
-            f"run '{run.path}': its latencies are those of another machine ({other}); search without --join"
-        )
+    demand_measured_here(opened)
     settings = opened.asked.settings
     with threads(settings.threads):
         context = opened.context(run, record["teacher_ms"])
@@ -123,7 +119,7 @@ def _leading(opened: Opened) -> Iterator[bool]:
     path = opened.run.path
     made = [folder for folder in path.parents if not folder.exists()]
     try:
-        with holding(path.with_name(f".{path.resolve().name}.lock"), wait=False, remove=True) as leads:
+        with holding(lock_of(path), wait=False, remove=True) as leads:
             yield leads
     finally:
         with suppress(OSError):  # what is not empty stays

@@ -13,20 +13,22 @@ from typing import Any
 
 from optuna.study import Study
 
-from mixerzoo.files import write_json, write_text
+from mixerzoo.files import read_json, replace_folder, write_json, write_text
 from mixerzoo.latency import threads
 from mixerzoo.plan import Plan
 from mixerzoo.student import Student, save_student
+from mixerzoo.temporary import remove_leftovers
 from mixerzoo.tracking import Tracker
 from mixerzoo_search import exact
 from mixerzoo_search.additive import AdditiveModel
-from mixerzoo_search.beginning import Opened, begin_run, library_of
+from mixerzoo_search.beginning import Opened, begin_run, demand_measured_here, elsewhere, library_of
 from mixerzoo_search.candidates import Candidates
 from mixerzoo_search.context import Context
 from mixerzoo_search.evaluate import PlanResult
 from mixerzoo_search.finish import finish
 from mixerzoo_search.first_plans import first_plans
 from mixerzoo_search.journal import Journal
+from mixerzoo_search.opened_run import SUMMARY_FILE
 from mixerzoo_search.report import write_report
 from mixerzoo_search.results import make_report, model_card
 from mixerzoo_search.run_directory import RunDirectory
@@ -70,6 +72,12 @@ def lead(opened: Opened) -> SearchResult:
         )
     with threads(settings.threads):
         resumed = run.check(opened.identity)
+        if resumed:
+            finished = _finished_elsewhere(opened)
+            if finished is not None:
+                return finished
+            demand_measured_here(opened)
+            remove_leftovers(run.path)
         library = library_of(asked, run)
         tracker = Tracker(asked.tracking_uri, f"mixerzoo {asked.teacher.name}")
         if not resumed:
@@ -95,6 +103,19 @@ def lead(opened: Opened) -> SearchResult:
         run.note(phase="finished")
         shutil.rmtree(worker_of(run).folder, ignore_errors=True)
     return SearchResult(path=run.path, summary=summary)
+
+
+def _finished_elsewhere(opened: Opened) -> SearchResult | None:
+    """Return what a search found that was finished on another machine, where nothing more is asked of it."""
+    run = opened.run
+    record, other = run.record(), elsewhere(opened)
+    over = record.get("phase") == "finished" and opened.asked.settings.trials <= record["trials"]
+    if other is None or not over:
+        return None
+    opened.asked.reporter.note(
+        f"run '{run.path}' was finished on another machine ({other}); it is shown as it is"
+    )
+    return SearchResult(path=run.path, summary=read_json(run.path / SUMMARY_FILE))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,10 +254,16 @@ def _write(context: Context, findings: Findings, journal: Journal) -> dict[str, 
     summary = summarize(context, findings)
     for damaged in context.library.files.damaged:
         context.reporter.note(f"library: {damaged} was damaged and has been distilled again")
+    (run.path / SUMMARY_FILE).unlink(missing_ok=True)  # of a shorter search: its student goes away
     if best is not None:
-        save_student(run.path / "best", Student(plan=best.result.plan, model=best.student), context.teacher)
-        write_text(run.path / "best" / "README.md", model_card(context, summary))
+        student, card = Student(plan=best.result.plan, model=best.student), model_card(context, summary)
+
+        def fill(folder: Path) -> None:
+            save_student(folder, student, context.teacher)
+            write_text(folder / "README.md", card)
+
+        replace_folder(run.path / "best", fill)
     write_report(run.path, make_report(context, findings, summary))
-    write_json(run.path / "summary.json", summary)
+    write_json(run.path / SUMMARY_FILE, summary)
     journal.conclude(summary, frontier_of(findings.all_results))
     return summary

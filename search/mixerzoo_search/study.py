@@ -78,11 +78,33 @@ def open_study(
             study.set_user_attr(OWNER, owner)
     if owner and whose not in (None, owner):
         disconnect(study._storage)
-        raise MixerzooError(
-            f"storage '{without_password(storage)}' has a study '{name}' of another search; give a run directory "
-            "of another name with --out"
-        )
+        raise of_another(storage, name)
     return study
+
+
+@contextmanager
+def existing_study(storage: str, name: str) -> Iterator[Study | None]:
+    """Load a study for the block; None if the storage has none of that name.
+
+    Raises:
+        MixerzooError: if the storage cannot be reached.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with _answering(storage):
+        database = connect(storage)
+        try:
+            names = optuna.get_all_study_names(database)
+            yield optuna.load_study(study_name=name, storage=database) if name in names else None
+        finally:
+            disconnect(database)
+
+
+def of_another(storage: str, name: str) -> MixerzooError:
+    """Return the error where a study of that name is another search's."""
+    return MixerzooError(
+        f"storage '{without_password(storage)}' has a study '{name}' of another search; give a run directory "
+        "of another name with --out"
+    )
 
 
 def connect(storage: str) -> optuna.storages.BaseStorage:
@@ -115,10 +137,14 @@ def disconnect(storage: optuna.storages.BaseStorage) -> None:
         engine.dispose()
 
 
-def check_storage(storage: str) -> None:
-    """Raise MixerzooError if the storage cannot be reached; better before a search than in the middle of it."""
-    with _answering(storage):
-        disconnect(optuna.storages.get_storage(storage))
+def is_taken(storage: str, name: str) -> bool:
+    """Say whether the storage has a study of that name that belongs to a search.
+
+    Raises:
+        MixerzooError: if it cannot be reached; better before a search than in the middle of it.
+    """
+    with existing_study(storage, name) as study:
+        return study is not None and OWNER in study.user_attrs
 
 
 def without_password(storage: str) -> str:

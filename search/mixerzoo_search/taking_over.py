@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import optuna
 from optuna.study import Study
 from optuna.trial import TrialState
 
+from mixerzoo.errors import MixerzooError
 from mixerzoo.files import json_hash, write_json
+from mixerzoo.latency.store import code_of
 from mixerzoo.plan import Candidate, Plan
 from mixerzoo.registry import get_registry
 from mixerzoo.temporary import is_free
@@ -27,7 +28,7 @@ from mixerzoo_search.context import Context
 from mixerzoo_search.differences import machines
 from mixerzoo_search.evaluate import PlanResult
 from mixerzoo_search.run_directory import RunDirectory
-from mixerzoo_search.study import connect, disconnect
+from mixerzoo_search.study import existing_study
 from mixerzoo_search.timing import FIT_PLANS
 
 TAKEN_FILE = "taken"
@@ -62,8 +63,8 @@ def carry(
     """Gather what a run with these candidates can take from `source`, finished or not; writes nothing.
 
     Latencies, and the evaluations that hold some, carry over from the same machine and versions only; so do those of
-    a mixer from the same version of its plugin. The gradient steps that the run has chosen count again, so that
-    nothing has to be distilled, unless there are candidates that it did not have.
+    a mixer from the same version of its plugin, and with the same code. The gradient steps that the run has chosen
+    count again, so that nothing has to be distilled, unless there are candidates that it did not have.
 
     Args:
         source: the earlier run.
@@ -74,7 +75,8 @@ def carry(
     """
     record = source.record()
     why = machines(record.get("environment") or {}, environment)
-    same = _unchanged(record["identity"], candidates)
+    latency = source.load("latency")
+    same = _unchanged(record["identity"], candidates) - _other_code(latency)
     files: dict[str, Any] = {}
     for name in ("statistics", "scores"):
         content = source.load(name)
@@ -87,20 +89,20 @@ def carry(
         files["stepped"] = stepped
     told = [f"{len(files.get('scores', ()))} scores"]
     if why is None:
-        latency = _latencies(source.load("latency"), same)
         if latency is not None:
-            files["latency"] = latency
+            files["latency"] = latency = _latencies(latency, same)
             told.insert(
                 0, f"latency of {sum(map(len, latency['change_ms'].values()))} candidates at their sites"
             )
         checked = [row for row in source.load("latency_check") or () if _is_of(row["plan"], same)]
-        found = [row for row in _evaluations(source, storage) if _is_of(row["result"]["plan"], same)]
+        evaluated, unread = _evaluations(source, storage)
+        found = [row for row in evaluated if _is_of(row["result"]["plan"], same)]
         files[TAKEN_FILE] = {
             "run": source.path.resolve().name,
             "evaluations": found,
             "latency_check": checked,
         }
-        told.append(f"{len(found)} evaluated plans")
+        told.append(unread or f"{len(found)} evaluated plans")
     teacher_ms = float(record["teacher_ms"]) if why is None else None
     return Carried(files=files, teacher_ms=teacher_ms, why=why, told=", ".join(told))
 
@@ -161,24 +163,23 @@ def weights_of(library: CandidateLibrary, plan: Plan) -> str:
     return json_hash(keys)[:16]
 
 
-def _evaluations(source: RunDirectory, storage: str | None) -> list[dict[str, Any]]:
-    """Return the finished evaluations of a run with their weights; none where its study cannot be read."""
-    if storage is None and not (source.path / "study.db").exists():
-        return []
-    storage = storage or f"sqlite:///{(source.path / 'study.db').resolve()}"
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    database = connect(storage)
+def _evaluations(source: RunDirectory, storage: str | None) -> tuple[list[dict[str, Any]], str]:
+    """Return the finished evaluations of a run with their weights; none, and why, where its study cannot be read."""
+    file = source.path / "study.db"
+    if storage is None and not file.exists():
+        kept = source.record().get("storage")  # known, but for the password
+        return [], "" if kept is None else f"no evaluated plans (its study is in '{kept}'; give --storage)"
+    storage = storage or f"sqlite:///{file.resolve()}"
     try:
-        study = optuna.load_study(study_name=source.study, storage=database)
-        return [
-            {"result": trial.user_attrs[RESULT], "weights": trial.user_attrs[WEIGHTS]}
-            for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-            if {RESULT, WEIGHTS} <= set(trial.user_attrs)
-        ]
-    except KeyError:  # it has not begun yet
-        return []
-    finally:
-        disconnect(database)
+        with existing_study(storage, source.study) as study:  # None where it has not begun yet
+            trials = [] if study is None else study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    except MixerzooError as error:
+        return [], f"no evaluated plans ({error})"
+    return [
+        {"result": trial.user_attrs[RESULT], "weights": trial.user_attrs[WEIGHTS]}
+        for trial in trials
+        if {RESULT, WEIGHTS} <= set(trial.user_attrs)
+    ], ""
 
 
 def _unchanged(identity: Mapping[str, Any], candidates: Candidates) -> set[str]:
@@ -189,10 +190,19 @@ def _unchanged(identity: Mapping[str, Any], candidates: Candidates) -> set[str]:
     return {name for name, origin in origins.items() if versions.get(origin.distribution) == origin.version}
 
 
-def _latencies(stored: Any, mixers: set[str]) -> dict[str, Any] | None:
+def _other_code(stored: Any) -> set[str]:
+    """Return the mixers that were timed, by a run's `latency.json`, with other code than they have now."""
+    rows = {} if stored is None else stored.get("code") or {}
+    return {
+        Candidate.parse(text).mixer
+        for row in rows.values()
+        for text, code in row.items()
+        if code != code_of(text)
+    }
+
+
+def _latencies(stored: Mapping[str, Any], mixers: set[str]) -> dict[str, Any]:
     """Return a run's `latency.json` with the candidates of these mixers only."""
-    if stored is None:
-        return None
     tables = {
         part: {
             site: {name: value for name, value in row.items() if Candidate.parse(name).mixer in mixers}

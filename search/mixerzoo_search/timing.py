@@ -15,8 +15,8 @@ from mixerzoo.hosts import Teacher, assemble
 from mixerzoo.latency import LatencyTable, by_shape
 from mixerzoo.latency.in_place import of_shapes
 from mixerzoo.latency.reuse import Known, barred_at, know
-from mixerzoo.latency.store import LatencyFile
-from mixerzoo.plan import Plan
+from mixerzoo.latency.store import LatencyFile, code_of
+from mixerzoo.plan import Candidate, Plan
 from mixerzoo.progress import Report
 from mixerzoo.spec import RuntimeSpec
 from mixerzoo.student import make_replacement
@@ -44,8 +44,8 @@ def demand_candidates(candidates: Candidates, runtime: RuntimeSpec) -> None:
 def latency_table(context: Context, candidates: Candidates) -> LatencyTable:
     """Return what each candidate changes, on the scale of the teacher's latency in this run.
 
-    What the library has kept is taken if it still holds; the rest is timed in place. A candidate that cannot run is
-    named with its reason in `latency.json`, and takes for ever.
+    What the library has kept is taken if it still holds; the rest is timed in place, and so is what was timed with
+    other code of its mixer. A candidate that cannot run is named with its reason in `latency.json`, and takes for ever.
     """
     stored: dict[str, Any] = context.run.load("latency") or {
         "base_ms": context.teacher_ms,
@@ -55,6 +55,7 @@ def latency_table(context: Context, candidates: Candidates) -> LatencyTable:
         "reused": 0,
         "measured": 0,
     }
+    stored.setdefault("code", {site: {} for site in candidates})
     missing = _unknown(candidates, stored)
     if any(missing.values()):
         sites = context.teacher.sites
@@ -67,11 +68,13 @@ def latency_table(context: Context, candidates: Candidates) -> LatencyTable:
         table = LatencyTable.of(sites, known.placed, base_ms=stored["base_ms"])
         shapes = {site.name: shape for shape, group in by_shape(sites).items() for site in group}
         for site, row in missing.items():
+            _forget(stored, site, row)
             failed = known.failed.get(shapes[site], {})
             ran = [str(c) for c in row if str(c) not in failed]
             stored["change_ms"][site] |= {text: table.change_ms[site][text] for text in ran}
             stored["error_ms"][site] |= {text: _finite(table.error_ms[site][text]) for text in ran}
             stored["failed"][site] |= {str(c): failed[str(c)] for c in row if str(c) in failed}
+            stored["code"][site] |= {str(c): code_of(str(c)) for c in row}
         stored["reused"] += known.reused
         stored["measured"] += known.measured
         context.run.store("latency", stored)
@@ -88,8 +91,16 @@ def latency_table(context: Context, candidates: Candidates) -> LatencyTable:
 
 
 def _unknown(candidates: Candidates, stored: Mapping[str, Any]) -> Candidates:
-    known = {site: {*stored["change_ms"][site], *stored["failed"][site]} for site in candidates}
-    return {site: tuple(c for c in row if str(c) not in known[site]) for site, row in candidates.items()}
+    return {
+        site: tuple(c for c in row if stored["code"][site].get(str(c)) != code_of(str(c)))
+        for site, row in candidates.items()
+    }
+
+
+def _forget(stored: Mapping[str, Any], site: str, row: Sequence[Candidate]) -> None:
+    for part in ("change_ms", "error_ms", "failed"):
+        for candidate in row:
+            stored[part][site].pop(str(candidate), None)
 
 
 def _finite(value: float) -> float | None:

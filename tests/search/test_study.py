@@ -14,7 +14,7 @@ from mixerzoo_search import study as study_module
 from mixerzoo_search.additive import AdditiveModel
 from mixerzoo_search.evaluate import PlanResult
 from mixerzoo_search.prior import Prior
-from mixerzoo_search.study import check_storage, evaluations, open_study, run_study
+from mixerzoo_search.study import evaluations, is_taken, open_study, run_study
 from mixerzoo_search.workers import Worker
 
 FAST, SLOW = Candidate("none"), Candidate("static", 0.5)
@@ -229,13 +229,27 @@ def test_a_plan_without_a_finite_loss_is_no_result(opened, go):
     assert model.fastest() not in evaluate.plans
 
 
+def test_tables_that_another_process_is_just_making_are_waited_for(tmp_path, monkeypatch):
+    real, tries = study_module._connected, []
+
+    def made_by_another(storage):
+        tries.append(storage)
+        if len(tries) == 1:
+            raise RuntimeError('relation "studies" already exists')
+        return real(storage)
+
+    monkeypatch.setattr(study_module, "_connected", made_by_another)
+    assert not is_taken(f"sqlite:///{tmp_path}/study.db", "x")
+    assert len(tries) == 2
+
+
 @pytest.mark.parametrize(
     "storage", ["sqlite:////nowhere/at/all.db", "nonsense", "postgres://u@127.0.0.1:9/x"]
 )
 def test_an_unreachable_storage_is_one_line(storage):
     model = make_model()
     for reach in (
-        lambda: check_storage(storage),
+        lambda: is_taken(storage, "x"),
         lambda: open_study(storage, "x", model=model, prior=Prior.from_damage({}), budget_ms=1.0, seed=0),
     ):
         with pytest.raises(MixerzooError) as raised:

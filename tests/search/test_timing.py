@@ -12,7 +12,8 @@ from torch import nn
 
 from mixerzoo import Caps, MixerSpec, hookimpl
 from mixerzoo.errors import BudgetOutOfReachError, MixerzooError
-from mixerzoo.latency import Conditions, Stopwatch, Timing, reuse
+from mixerzoo.latency import Conditions, Stopwatch, Timing, reuse, store
+from mixerzoo.latency.store import code_of
 from mixerzoo.plan import Candidate
 from mixerzoo.progress import Reporter
 from mixerzoo.registry import get_registry, temporary_plugin
@@ -235,6 +236,24 @@ def test_a_wider_space_in_the_same_run_keeps_what_there_is(context, monkeypatch)
     assert [text for _, text in seen] == ["pool@1"]
     for site, row in first.change_ms.items():
         assert row.items() <= wider.change_ms[site].items()
+
+
+def test_what_was_timed_with_other_code_is_timed_again(context, monkeypatch):
+    candidates = candidates_of(context, "none", "static")
+    first = latency_table(context, candidates)
+    seen = measured_in(context, monkeypatch)
+
+    def edited(text):
+        return "edited" if text.startswith("static") else code_of(text)
+
+    for module in (timing, store):
+        monkeypatch.setattr(module, "code_of", edited)
+    assert latency_table(context, candidates) == first  # by the rule, code takes no time
+    timed = {text for _, text in seen}
+    assert timed == {str(c) for c in candidates["blocks.0.attn"] if c.mixer == "static"}
+    seen.clear()
+    latency_table(context, candidates)
+    assert not seen
 
 
 def test_what_is_no_candidates_fault_is_raised(context, monkeypatch):

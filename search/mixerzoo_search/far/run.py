@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from mixerzoo.denormals import tiny_as_zero
 from mixerzoo.files import write_bytes, write_json, write_text
 from mixerzoo.hosts import Teacher, count_params
 from mixerzoo.latency import Conditions, environment
+from mixerzoo.locks import alone
 from mixerzoo.plan import Plan
 from mixerzoo.progress import Reporter
 from mixerzoo.registry import get_registry
@@ -76,13 +78,13 @@ def run_far(
         "data_fingerprint": data.fingerprint[:16],
         "plugins": get_registry().versions(),
     }
-    resumed = run.check(identity)
-    if resumed and run.load("far") is not None:
-        found: dict[str, Any] = run.load("far")
-        return found
+    result: dict[str, Any]
+    if run.check(identity) and run.record().get("phase") == "finished":
+        result = run.load("far")
+        return result
     tracker = Tracker(tracking_uri, f"mixerzoo {teacher.name}")
-    try:
-        if not resumed:
+    with closing(tracker), alone(run.path, "trains"):
+        if not run.check(identity):
             conditions = Conditions(threads=torch.get_num_threads(), batch_size=settings.batch_size)
             run.start(
                 identity,
@@ -95,13 +97,13 @@ def run_far(
         try:
             with tiny_as_zero():
                 far = _Far(settings, teacher, data, run.path, sites, reporter)
-                result = far.run(run.record()["environment"])
+                result = run.load("far") or far.run(run.record()["environment"])
         except BaseException as error:
             tracker.finish(parent, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
+        remove_checkpoint(run.path)
         _log(tracker, parent, run.path, result)
-    finally:
-        tracker.close()
+        run.note(phase="finished")
     return result
 
 
@@ -172,7 +174,6 @@ class _Far:
         write_text(self.path / "best" / "README.md", model_card(result, self.data.name))
         write_bytes(self.path / PICTURE, far_picture(result, last.sites))
         write_json(self.path / RESULT, result)
-        remove_checkpoint(self.path)
         return result
 
     def _train(self, trainer: Trainer) -> Standing:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from mixerzoo.checkpoint import remove_checkpoint
 from mixerzoo.errors import MixerzooError
 from mixerzoo.files import read_json, write_json
 from mixerzoo.hosts import Teacher
-from mixerzoo.locks import held
+from mixerzoo.locks import alone
 from mixerzoo.student import Student
 from mixerzoo.temporary import is_free
 from mixerzoo_search.improved import RESULT_FILE, fill_folder
@@ -30,27 +30,13 @@ class TuningFolder:
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
         self.path, self.identity = path, dict(identity)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Keep other processes from training here.
 
         Raises:
             MixerzooError: if one does, or the folder cannot be made.
         """
-        with ExitStack() as stack:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                lock = held(self.path.with_name(f".{self.path.name}.lock"), wait=False)
-                free = stack.enter_context(lock)
-            except OSError as error:
-                raise MixerzooError(
-                    f"'{self.path}' cannot be written ({error.strerror}); give another --out"
-                ) from None
-            if not free:
-                raise MixerzooError(
-                    f"'{self.path}': another process trains there; wait for it, or give another --out"
-                )
-            yield
+        return alone(self.path, "trains")
 
     def result(self) -> dict[str, Any] | None:
         """Return what a training of this identity wrote here in the end, or None if it has not ended.

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mixerzoo.errors import MixerzooError
-from mixerzoo.files import read_json, write_json, write_text
+from mixerzoo.files import read_json, replace_folder, write_json
 from mixerzoo.hosts import Teacher, assemble
-from mixerzoo.locks import held
 from mixerzoo.student import Student, load_student, save_student
-from mixerzoo.temporary import is_free
-from mixerzoo_search.improved import RESULT_FILE, replace_folder
+from mixerzoo.temporary import is_free, remove_leftovers
+from mixerzoo_search.improved import RESULT_FILE, fill_folder
 from mixerzoo_search.prune.settings import label
 
 RECORD_FILE = "prune.json"
@@ -55,27 +53,6 @@ class Family:
                     f"{self.identity.get(name)} here); give another --out"
                 )
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other processes from working here.
-
-        Raises:
-            MixerzooError: if one does, or the folder cannot be made.
-        """
-        with ExitStack() as stack:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                free = stack.enter_context(held(self.path.with_name(f".{self.path.name}.lock"), wait=False))
-            except OSError as error:
-                raise MixerzooError(
-                    f"'{self.path}' cannot be written ({error.strerror}); give another --out"
-                ) from None
-            if not free:
-                raise MixerzooError(
-                    f"'{self.path}': another process prunes there; wait for it, or give another --out"
-                )
-            yield
-
     def record(self) -> dict[str, Any]:
         """Return the record; empty before the first note."""
         path = self.path / RECORD_FILE
@@ -96,6 +73,35 @@ class Family:
         content: dict[str, Any] | None = self.record().get(part, {}).get(label(target))
         return content
 
+    def mend(self) -> None:
+        """Add to the record what a killed process had written and not noted, and remove what it left behind."""
+        if not (self.path / RECORD_FILE).exists():
+            return
+        remove_leftovers(self.path)
+        if (self.path / PENALISED / RESULT_FILE).exists():
+            self.note_penalised()
+        for target in self.targets():
+            if (self.student_path(target) / RESULT_FILE).exists():
+                self.note_student(target)
+
+    def targets(self) -> list[float]:
+        """Return the targets whose thresholds are known, and whose students may be there."""
+        return [float(text) / 100 for text in self.record().get("reached", {})]
+
+    def note_penalised(self) -> None:
+        """Note what the folder of the student trained with the penalty says, and remove what it needed to go on."""
+        result = without_curves(read_json(self.path / PENALISED / RESULT_FILE))
+        if self.record().get(PENALISED) != result:
+            self.note(**{PENALISED: result})
+        self.tidy(self.path / PENALISING)
+
+    def note_student(self, target: float) -> None:
+        """Note what the folder of a target's student says, and remove what it needed to go on."""
+        result = without_curves(read_json(self.student_path(target) / RESULT_FILE))
+        if self.known("students", target) != result:
+            self.note_of("students", target, result)
+        self.tidy(self.working_path(target))
+
     def done(self, target: float) -> bool:
         """Whether a target's student is there."""
         path = self.student_path(target)
@@ -113,13 +119,7 @@ class Family:
         self, path: Path, teacher: Teacher, student: Student, card: str, result: Mapping[str, Any]
     ) -> None:
         """Write a student's folder, whole or not at all."""
-
-        def fill(folder: Path) -> None:
-            save_student(folder, student, teacher)
-            write_text(folder / "README.md", card)
-            write_json(folder / RESULT_FILE, dict(result))
-
-        replace_folder(path, fill)
+        replace_folder(path, lambda folder: fill_folder(folder, teacher, student, card, result))
 
     def write_working(
         self, target: float, teacher: Teacher, student: Student, phases: Mapping[str, Any]
@@ -140,6 +140,13 @@ class Family:
     def tidy(self, path: Path) -> None:
         """Remove a folder that is no longer needed."""
         shutil.rmtree(path, ignore_errors=True)
+
+
+def without_curves(content: Any) -> Any:
+    """Return JSON-ready data without what has a row a step."""
+    if not isinstance(content, dict):
+        return content
+    return {name: without_curves(value) for name, value in content.items() if name != "curve"}
 
 
 def load(path: Path, teacher: Teacher) -> Student:

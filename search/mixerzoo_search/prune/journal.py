@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mixerzoo.plan import Plan
+from mixerzoo.student import read_plan
 from mixerzoo.tracking import PARENT_TAG, Tracker
 from mixerzoo_search.context import Context
 from mixerzoo_search.journal import RUN_ID
@@ -41,10 +42,14 @@ class PruneJournal:
             metrics = {"train_loss": row["loss"], "held_out_loss": row["held_out"], "lr": row["lr"]}
             self.tracker.log_step(self.run_id, row["step"], metrics)
 
-    def student(self, name: str, plan: Plan, result: Mapping[str, Any]) -> None:
-        """Log a pruned student, unless it is there."""
-        if name in self.children:
-            return
+    def students(self) -> None:
+        """Log the pruned students that are not there yet."""
+        for result in self.family.record().get("students", {}).values():
+            path = self.family.student_path(result["target"])
+            if path.name not in self.children and self.family.done(result["target"]):
+                self._student(path.name, Plan.from_json(read_plan(path)["plan"]), result)
+
+    def _student(self, name: str, plan: Plan, result: Mapping[str, Any]) -> None:
         metrics = {key: result.get(key) for key in FIGURES} | dict(result["validation"]["after"])
         metrics |= {f"test_{key}": value for key, value in result["test"]["after"].items()}
         for phase, figures in result["phases"].items():

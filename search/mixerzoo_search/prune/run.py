@@ -10,6 +10,7 @@ from torch import nn
 
 from mixerzoo.hosts import fingerprint
 from mixerzoo.latency import Conditions, default_threads
+from mixerzoo.locks import alone
 from mixerzoo.progress import Reporter
 from mixerzoo_search.context import Context
 from mixerzoo_search.opened_run import find_student, open_run
@@ -44,7 +45,7 @@ def prune_run(
         command: the command line, for the record.
 
     Raises:
-        BudgetOutOfReachError: if no student is as small as a target; others are written first.
+        BudgetOutOfReachError: if no student is as small as a target; those of other targets are written first.
         MixerzooError: for anything else that the user can mend; nothing is written then.
     """
     reporter = Reporter(quiet=True) if reporter is None else reporter
@@ -63,9 +64,10 @@ def prune_run(
         },
     )
     family.check()
-    with family.locked():
+    with alone(family.path, "prunes"):
+        family.mend()
         todo = [target for target in settings.targets if not family.done(target)]
-        if todo:
+        if todo or family.record().get("phase") != "finished":
             Work(context, student, settings, family, conditions, command).go(todo, tracking_uri)
     return family.record()
 

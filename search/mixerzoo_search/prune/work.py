@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -12,15 +12,15 @@ from typing import Any
 from torch import nn
 
 from mixerzoo.data import image_batches
-from mixerzoo.errors import BudgetOutOfReachError
+from mixerzoo.errors import MixerzooError
 from mixerzoo.hosts import count_params
 from mixerzoo.latency import Conditions, Stopwatch, environment
-from mixerzoo.plan import Plan
 from mixerzoo.pruning.targets import BY, CONFIRM, Gauge, Thresholds, flops
 from mixerzoo.score import Evaluation
 from mixerzoo.student import Student
 from mixerzoo.tracking import Tracker
 from mixerzoo_search.context import Context
+from mixerzoo_search.differences import machines
 from mixerzoo_search.improved import RESULT_FILE
 from mixerzoo_search.prune.family import PENALISED, PENALISING, Family, load
 from mixerzoo_search.prune.journal import PruneJournal
@@ -61,21 +61,38 @@ class Work:
         )
 
     def go(self, targets: list[float], tracking_uri: str | None) -> None:
-        """Do what is left."""
-        before = self.pruner.thresholds(self.pruner.student)
-        for target in targets:  # latency does not depend on weights: it is known before anything is trained
-            before.demand_reachable(target)
+        """Prune to these targets, and log what has not been logged.
+
+        Raises:
+            MixerzooError: what was wrong with the first target that failed; the others are pruned to.
+        """
+        self._demand_reachable(targets)
         with self._journal(tracking_uri) as journal:
-            student = self._penalised(journal)
-            thresholds = self.pruner.thresholds(student)
-            missed = None
-            for target in targets:
-                try:
-                    journal.student(*self._pruned(student, thresholds, target))
-                except BudgetOutOfReachError as error:
-                    missed = missed or error  # a busy machine may miss one; the others still are to be had
+            journal.students()  # what a killed process had written and not yet logged
+            missed = self._prune(targets, journal) if targets else None
         if missed is not None:
             raise missed
+        self.family.note(phase="finished")
+
+    def _demand_reachable(self, targets: Sequence[float]) -> None:
+        """Refuse targets out of reach; latency does not depend on weights: it is known before anything is trained."""
+        thresholds = self.pruner.thresholds(self.pruner.student)
+        for target in targets:
+            if self.family.known("reached", target) is None:
+                thresholds.demand_reachable(target)
+
+    def _prune(self, targets: Sequence[float], journal: PruneJournal) -> MixerzooError | None:
+        """Prune to each target; return the first error: a busy machine may miss one, and the others are to be had."""
+        student = self._penalised(journal)
+        thresholds = self.pruner.thresholds(student)
+        missed = None
+        for target in targets:
+            try:
+                self._pruned(student, thresholds, target)
+            except MixerzooError as error:
+                missed = missed or error
+            journal.students()
+        return missed
 
     @contextmanager
     def _journal(self, tracking_uri: str | None) -> Iterator[PruneJournal]:
@@ -85,6 +102,7 @@ class Work:
             if "before" not in family.record():
                 figures = self._figures(pruner.student.model, pruner.judged(pruner.student.model))
                 family.note(command=self.command, environment=environment(self.conditions), before=figures)
+            family.note(phase="pruning")
             journal = PruneJournal(tracker, self.context, family, pruner.student.plan)
             try:
                 yield journal
@@ -126,14 +144,11 @@ class Work:
         }
         text = f"# {pruner.teacher.name}, trained with the penalty\n\nNot pruned yet: what its siblings are cut from.\n"
         family.write(path, pruner.teacher, student, text, result)
-        family.note(penalised={key: value for key, value in result.items() if key != "curve"})
-        family.tidy(family.path / PENALISING)
+        family.note_penalised()
         return student
 
-    def _pruned(
-        self, student: Student, thresholds: Thresholds, target: float
-    ) -> tuple[str, Plan, dict[str, Any]]:
-        """Prune to a target and write the student; returns the name of its folder, its plan and its result."""
+    def _pruned(self, student: Student, thresholds: Thresholds, target: float) -> None:
+        """Prune to a target and write the student."""
         family, pruner, began = self.family, self.pruner, time.perf_counter()
         reached = family.known("reached", target)
         if reached is None:
@@ -156,9 +171,7 @@ class Work:
         family.write(
             path, pruner.teacher, kept, card(pruner.teacher, path.name, result, kept.plan.to_json()), result
         )
-        family.note_of("students", target, _without_curves(result))
-        family.tidy(family.working_path(target))
-        return path.name, kept.plan, result
+        family.note_student(target)
 
     def _refitted(
         self, student: Student, target: float, reached: Mapping[str, Any]
@@ -207,9 +220,8 @@ class Work:
         if self.settings.by != "latency" or share is None:
             timing = stopwatch.time({"student": model}, rounds=CONFIRM)
             share = {"value": timing["student"].ratio, "error": timing["student"].error}
-            teacher_ms = timing["teacher"].median
-        known = self.context.teacher_ms if math.isfinite(self.context.teacher_ms) else None
-        teacher_ms = known or self.family.record().get("before", {}).get("teacher_ms") or teacher_ms
+        known = self.family.record().get("before", {}).get("teacher_ms") or self._ms_of_run()
+        teacher_ms = known or timing["teacher"].median
         return {
             "teacher_ms": teacher_ms,
             "latency_ms": share["value"] * teacher_ms,
@@ -220,14 +232,12 @@ class Work:
             **_pair(judged),
         }
 
+    def _ms_of_run(self) -> float | None:
+        """Return the teacher's latency in the run, if it was measured there under what holds here."""
+        ms = self.context.teacher_ms
+        there = self.context.run.record().get("environment") or {}
+        return ms if math.isfinite(ms) and machines(there, environment(self.conditions)) is None else None
+
 
 def _pair(judged: Figures) -> dict[str, Any]:
     return {"validation": judged[0].to_json(), "test": judged[1].to_json()}
-
-
-def _without_curves(result: Mapping[str, Any]) -> dict[str, Any]:
-    phases = {
-        name: {key: value for key, value in phase.items() if key != "curve"}
-        for name, phase in result["phases"].items()
-    }
-    return {**result, "phases": phases}

@@ -13,6 +13,7 @@ from torch import nn
 
 from mixerzoo.data import image_batches
 from mixerzoo.errors import MixerzooError
+from mixerzoo.files import replace_folder
 from mixerzoo.finetune import finetune
 from mixerzoo.hosts import count_params
 from mixerzoo.progress import Reporter
@@ -28,7 +29,6 @@ from mixerzoo_search.improved import (
     has_result,
     judged,
     model_card,
-    replace_folder,
 )
 from mixerzoo_search.journal import RUN_ID
 from mixerzoo_search.opened_run import find_student, open_run
