@@ -14,7 +14,7 @@ from mixerzoo.ridge import Gram, ridge, solve
 from mixerzoo.significance import is_clear
 from mixerzoo.targets import BLOCK, Drawn, Targets
 
-SEEN_TOKENS = 65_536  # that a mixer is run on for its readout to be solved
+SEEN_TOKENS = 65_536  # that a candidate is run on for its readout to be solved
 # Of these, drawn at random, that it is solved on and that choose the penalty: tokens of one image have much in common.
 SOLVE_TOKENS, HELD_OUT_TOKENS = 28_672, 8_192
 FADE = 0.9  # what a batch counts for, a step later
@@ -26,7 +26,13 @@ CHECKED = 4  # images on which a mixer's output is compared with its readout's
 
 @torch.inference_mode()
 def solve_readout(
-    mixer: nn.Module, readout: str, targets: Targets, *, anchored: bool = False
+    mixer: nn.Module,
+    readout: str,
+    targets: Targets,
+    *,
+    anchored: bool = False,
+    seen: int | None = SEEN_TOKENS,
+    most: int = SOLVE_TOKENS,
 ) -> tuple[float, float]:
     """Solve the mixer's last linear layer by ridge regression, if that makes it better.
 
@@ -37,6 +43,8 @@ def solve_readout(
         readout: path of the layer.
         targets: of the site, shared by its candidates.
         anchored: whether the penalty is on the change of the layer's weights, not on the weights.
+        seen: tokens that the mixer is run on, those of the first images; of all images if None.
+        most: of these, drawn at random, that it is solved on.
 
     Returns:
         The held-out NMSE of the readout as it was, and of the solved one; that is NaN where there was no solution.
@@ -49,18 +57,18 @@ def solve_readout(
     if not isinstance(layer, nn.Linear):
         raise MixerzooError(f"readout '{readout}' is a {type(layer).__name__}, not a linear layer")
     train, held_out = held_out_rows(len(captured.x))
-    enough = max(1, SEEN_TOKENS // captured.x.shape[1])
+    enough = train.stop if seen is None else max(1, seen // captured.x.shape[1])
     grams = []
     with FeatureTap(layer) as tap:
         few = captured.x[held_out][:CHECKED].float()
         out = forward(mixer, few)
         if not torch.allclose(layer(tap.features()).reshape(out.shape), out, rtol=1e-3, atol=1e-4):
             raise MixerzooError(f"its output is not that of its readout '{readout}'")
-        for rows, most in (
-            (slice(0, min(train.stop, enough)), SOLVE_TOKENS),
+        for rows, tokens in (
+            (slice(0, min(train.stop, enough)), most),
             (held_out, HELD_OUT_TOKENS),
         ):
-            drawn = targets.drawn(rows, width=layer.out_features, most=most)
+            drawn = targets.drawn(rows, width=layer.out_features, most=tokens)
             grams.append(_gram(mixer, tap, captured, drawn))
     # A readout may have more outputs than the D channels that the error is about.
     kept = grams[1].rows * layer.out_features / captured.y[held_out].numel()

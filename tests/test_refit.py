@@ -279,6 +279,33 @@ def test_the_last_fifth_of_the_images_chooses_the_penalty(count, monkeypatch):
     assert grams == [(17 * 4 * count, 17 * count)] * 3 + [(4 * count, count)]
 
 
+def test_a_site_is_solved_on_all_images_of_a_refit_and_on_those_of_some_tokens_else(monkeypatch):
+    from mixerzoo import readout as module
+    from mixerzoo import refit as refitting
+
+    rows, given = [], []
+    solve, solve_readout = module.solve, module.solve_readout
+
+    def solved(train, choose, **options):
+        rows.append(train.rows)
+        return solve(train, choose, **options)
+
+    def asked(*args, seen, **options):
+        given.append(seen)
+        for few in (seen, 17 * 3):
+            found = solve_readout(*args, seen=few, **options)
+        return found
+
+    monkeypatch.setattr(module, "solve", solved)
+    monkeypatch.setattr(refitting, "solve_readout", asked)
+    teacher = tiny.tiny_teacher()
+    site = teacher.sites[0]
+    modules = {site.name: make_replacement(Candidate("linear"), site)}
+    refit(teacher, modules, {site.name: "linear"}, tiny.tiny_batches(20, batch_size=4), kept=False)
+    assert given == [None]
+    assert rows == [17 * 16, 17 * 3]
+
+
 def test_too_few_images_do_no_harm():
     """More features than rows: what the calibration images say about it is noise."""
     teacher = tiny.tiny_teacher()

@@ -17,14 +17,16 @@ SCORE_IMAGES = 200
 STUDY_IMAGES = 200
 FINAL_IMAGES = 400
 CHOICE_IMAGES = 600
-# Images of so many tokens are refitted on. More still help a little; each is a pass of the teacher and of the student.
-REFIT_TOKENS = 131_072
+# Images of so many tokens are refitted on or, where tokens are many, so many images, but not of more tokens than these.
+# More still help a little; each is a pass of the teacher and of the student.
+REFIT_TOKENS, REFIT_IMAGES, MOST_TOKENS = 131_072, 1000, 262_144
 TEST_IMAGES = 1000
 
 
 def enough_to_refit(sites: Iterable[Site]) -> int:
-    """Return how many images have the tokens that a student of a teacher with these sites is refitted on."""
-    return -(-REFIT_TOKENS // max(site.tokens for site in sites))
+    """Return how many images a student of a teacher with these sites is refitted on, where there are as many."""
+    tokens = max(site.tokens for site in sites)
+    return max(-(-REFIT_TOKENS // tokens), min(REFIT_IMAGES, -(-MOST_TOKENS // tokens)))
 
 
 @dataclass(frozen=True, kw_only=True)

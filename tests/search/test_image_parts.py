@@ -1,5 +1,8 @@
 """Which held-out images serve what: disjoint where there are enough, and never those that are distilled on."""
 
+from types import SimpleNamespace
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,7 +14,16 @@ from mixerzoo_search.image_parts import (
     STUDY_IMAGES,
     TEST_IMAGES,
     ImageParts,
+    enough_to_refit,
 )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "images"), [(16, 8192), (65, 2017), (131, 1001), (257, 1000), (1370, 192)]
+)
+def test_a_refit_takes_many_tokens_and_where_these_are_few_images_many_images(tokens, images):
+    sites = [SimpleNamespace(tokens=1), SimpleNamespace(tokens=tokens)]
+    assert enough_to_refit(sites) == images
 
 
 def test_with_many_images_each_part_has_its_own():

@@ -22,7 +22,7 @@ import click
     show_default=True,
     help="Time for gradient steps after it, on all weights together.",
 )
-@click.option("--images", type=int, help="Images to refit on.  [default: 131,072 tokens of them]")
+@click.option("--images", type=int, help="Images to refit on.  [default: as many as in a search]")
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder to write.  [default: RUN/refit]"
 )
