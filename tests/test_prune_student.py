@@ -98,6 +98,15 @@ def test_a_pruned_student_is_that_with_the_units_silent():
     assert count_params(small.model) < count_params(teacher.model)
 
 
+@pytest.mark.parametrize(("heads", "whole"), [(5, True), (4, False)])
+def test_kept_attention_of_which_few_heads_go_would_be_larger_and_stays_whole(heads, whole):
+    teacher = tiny.tiny_teacher(num_heads=6)
+    student = all_kept(teacher)
+    small = smaller(teacher, student, prunables(teacher, student), {"blocks.0.attn": {"heads": heads}})
+    assert small.plan["blocks.0.attn"].is_keep is whole
+    assert (count_params(small.model) < count_params(teacher.model)) is not whole
+
+
 def test_it_is_rebuilt_from_json_and_weights(teacher, student, tmp_path):
     sites = prunables(teacher, student)
     order = Order(slots(student.model, sites))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mixerzoo.errors import MixerzooError
-from mixerzoo.hosts import Replacement, Teacher
+from mixerzoo.hosts import Replacement, Teacher, count_params
 from mixerzoo.plan import Candidate, Plan
 from mixerzoo.registry import get_registry
 from mixerzoo.shrink import Choose, checked, hoyer_square, largest, norms, shrink, units_of
@@ -201,6 +201,8 @@ def smaller(
 ) -> Student:
     """Return the student with so many units at some sites, really smaller; its weights are its own.
 
+    A module of the teacher's own that would become larger stays whole.
+
     Args:
         teacher: the teacher.
         student: left as it is.
@@ -220,6 +222,8 @@ def smaller(
         mixer = as_mixer(teacher, module, site) if prunable.kept else module
         spec = shelf.get(prunable.candidate.mixer)
         candidate, mixer = shrink(spec, site, prunable.candidate, mixer, counts, choose=choose)
+        if prunable.kept and count_params(mixer) >= count_params(module):
+            continue  # it sees the token itself, too: a head less of many makes it larger
         choices[site.name] = candidate
         model.set_submodule(site.name, Replacement(mixer, site, masks=spec.caps.masks))
     plan = replace(student.plan, choices=tuple((site, choices[site]) for site, _ in student.plan.choices))
