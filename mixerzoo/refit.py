@@ -26,7 +26,7 @@ from mixerzoo.sides import SitePairs, StudentSide, TeacherSide
 from mixerzoo.spec import Site
 from mixerzoo.targets import Targets
 
-SOLVE_TOKENS = 57_344  # that a readout is solved on, drawn from all images
+READOUT_TOKENS = 57_344  # that a readout is solved on, drawn from all images
 LEAST_GAIN = 1e-3  # of a layer scale, relative to its root mean square: below it a channel is left as it was
 TOGETHER = 2  # sites of one stage that the teacher's pass shows at once: a block's attention and its MLP
 
@@ -228,7 +228,7 @@ def _refit_site(job: _Job, pairs: SitePairs, recipe: Recipe) -> None:
         elif isinstance(layer, nn.Linear):
             with _folded(layer, pairs.gain):
                 was, solved = solve_readout(
-                    module, readout, targets, anchored=True, seen=None, most=SOLVE_TOKENS
+                    module, readout, targets, anchored=True, seen=None, most=READOUT_TOKENS
                 )
                 if recipe.steps and not job.kept:
                     _take_steps(module, targets, recipe, lower(was, solved), readout)

@@ -14,6 +14,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from mixerzoo import readout, refit
 from mixerzoo.cli import main
 from mixerzoo.data import shuffled_splits
 from mixerzoo.listing import families, length
@@ -320,7 +321,10 @@ def test_the_numbers_of_images_are_those_of_the_code():
         f"exact plans](#exact-frontier) at {', '.join(shares[:-1])} and {shares[-1]} % of the budget" in text
     )
     assert (scores.AT_RANDOM, scores.HOPEFUL) == (0.1, 0.5)  # "a tenth of the candidates", "half the damage"
-    assert f"{image_parts.REFIT_TOKENS:,} tokens" in text
+    for tokens in (image_parts.REFIT_TOKENS, readout.SEEN_TOKENS, readout.SOLVE_TOKENS):
+        assert f"{tokens:,} tokens" in text
+    assert f"{refit.READOUT_TOKENS:,} from all of its images" in text
+    assert (image_parts.REFIT_IMAGES, image_parts.MOST_TOKENS // image_parts.REFIT_TOKENS) == (1000, 2)
     splits = shuffled_splits(100)
     for name, indices in vars(splits).items():
         assert f"| {name} | {len(indices)} % |" in text

@@ -42,16 +42,13 @@ class Source:
         # Heads are in the sites; activations and norms leave no trace in weights.
         modules = re.sub(r" at 0x[0-9a-f]+", "", repr(teacher.model))
         sites = [site.to_json() for site in teacher.sites]
-        image = asdict(teacher.image)
-        if image["crop_mode"] == "center":  # libraries were made when there was no other
-            del image["crop_mode"]
         return cls(
             model=teacher.name,
             teacher=teacher.fingerprint,
             data_name=data.name,
             data=data.fingerprint,
             images=len(calibration),
-            form=json_hash([modules, sites, image, list(calibration)]),
+            form=json_hash([modules, sites, asdict(teacher.image), list(calibration)]),
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from mixerzoo.checkpoint import remove_checkpoint
 from mixerzoo.errors import MixerzooError
 from mixerzoo.files import read_json, write_json
 from mixerzoo.hosts import Teacher
-from mixerzoo.locks import alone
 from mixerzoo.student import Student
 from mixerzoo.temporary import is_free
 from mixerzoo_search.improved import RESULT_FILE, fill_folder
@@ -29,14 +27,6 @@ class TuningFolder:
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
         self.path, self.identity = path, dict(identity)
-
-    def locked(self) -> AbstractContextManager[None]:
-        """Keep other processes from training here.
-
-        Raises:
-            MixerzooError: if one does, or the folder cannot be made.
-        """
-        return alone(self.path, "trains")
 
     def result(self) -> dict[str, Any] | None:
         """Return what a training of this identity wrote here in the end, or None if it has not ended.

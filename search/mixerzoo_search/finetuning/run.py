@@ -18,6 +18,7 @@ from mixerzoo.errors import MixerzooError
 from mixerzoo.finetune import Recipe, Tuned, train
 from mixerzoo.hosts import count_params, fingerprint
 from mixerzoo.latency import Conditions, check_device, environment
+from mixerzoo.locks import alone
 from mixerzoo.progress import Reporter
 from mixerzoo.student import Student
 from mixerzoo.tracking import Tracker
@@ -104,7 +105,7 @@ def finetune_run(
     )
     labels = _labels(context, settings)
     if folder.result() is None or folder.record():  # what was killed behind the result has its record still
-        with folder.locked(), _tracking(context, tracking_uri) as tracker:
+        with alone(folder.path, "trains"), _tracking(context, tracking_uri) as tracker:
             _go_on(context, student, labels, settings, folder, tracker, command)
     found = folder.result()
     assert found is not None

@@ -45,8 +45,9 @@ def prune_run(
         command: the command line, for the record.
 
     Raises:
-        BudgetOutOfReachError: if no student is as small as a target; those of other targets are written first.
-        MixerzooError: for anything else that the user can mend; nothing is written then.
+        BudgetOutOfReachError: if no student is as small as a target; nothing is written where that is known before.
+        MixerzooError: for anything else that the user can mend; nothing is written then, unless it is about a target
+            after the training: the students of the others are.
     """
     reporter = Reporter(quiet=True) if reporter is None else reporter
     opened = open_run(source, model, reporter)
