@@ -35,7 +35,8 @@ def report_page(report: Report) -> str:
         _card(
             "Latency and faithfulness",
             "Every student that was measured; lower and further left is better. Hollow: over the budget. "
-            "Dotted: what the additive model believed to be possible. Point at one to see its plan.",
+            "Dotted: what the additive model believed to be possible. Point at one to see its plan. "
+            "Here and below, students are compared on study images; the figures above are of test images.",
             to_div(frontier_chart(report), "frontier"),
         ),
         _choices(report),
